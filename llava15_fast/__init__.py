@@ -1,0 +1,3 @@
+from .registration import register
+register()
+from .modeling import *

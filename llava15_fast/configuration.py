@@ -1,0 +1,129 @@
+"""Configurations of LLaVA-OneVision-1.5 in the published format.
+
+    LlavaOnevision1_5Config                     model_type "llavaonevision1_5"
+    |- vision_config  LlavaOnevision1_5VisionConfig   "rice_vit"
+    |- text_config    LlavaOnevision1_5TextConfig     "LLaVAOneVision1_5_text" (a Qwen3 configuration)
+
+A checkpoint of the port that is being prepared upstream (`model_type` "llava_onevision1_5") is read into the same classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig, Qwen3Config
+
+UPSTREAM_MODEL_TYPE = "llava_onevision1_5"
+
+
+class LlavaOnevision1_5VisionConfig(PreTrainedConfig):
+    """The RICE vision transformer and its 2x2 patch merger.
+
+    `text_hidden_size` is the width of the merged features (the upstream port calls it `out_hidden_size`);
+    `rope_theta` is the base of the 2D rotary embedding.
+    """
+
+    model_type = "rice_vit"
+    base_config_key = "vision_config"
+    attribute_map = {"num_attention_heads": "num_heads", "num_hidden_layers": "depth"}
+
+    depth: int = 24
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_heads: int = 16
+    hidden_act: str = "gelu"
+    in_channels: int = 3
+    patch_size: int = 14
+    spatial_merge_size: int = 2
+    temporal_patch_size: int = 1
+    text_hidden_size: int = 2560
+    layer_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if (out_hidden_size := kwargs.pop("out_hidden_size", None)) is not None:
+            self.text_hidden_size = out_hidden_size
+        super().__post_init__(**kwargs)
+        if self.hidden_size % (4 * self.num_heads):
+            raise ValueError(
+                f"vision hidden_size {self.hidden_size} with num_heads {self.num_heads}: 2D RoPE needs a head_dim "
+                "that is a multiple of 4"
+            )
+        if self.temporal_patch_size != 1:
+            raise ValueError(f"temporal_patch_size {self.temporal_patch_size} is not supported, expected 1")
+
+
+class LlavaOnevision1_5TextConfig(Qwen3Config):
+    """The Qwen3 language model; the defaults are the 4B's.
+
+    `rope_theta` and `rope_scaling` may stand beside `rope_parameters`, as the published files have them.
+    """
+
+    model_type = "LLaVAOneVision1_5_text"
+    base_config_key = "text_config"
+    default_theta = 1000000.0
+
+    hidden_size: int = 2560
+    intermediate_size: int = 9728
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = 8
+    max_window_layers: int = 36
+
+    def to_dict(self) -> dict[str, Any]:
+        """As Qwen3's, plus the `rope_theta` key that readers of the published format look for."""
+        output = super().to_dict()
+        parameters = output.get("rope_parameters") or {}
+        if parameters.get("rope_type") == "default" and "rope_theta" in parameters:
+            output["rope_theta"] = parameters["rope_theta"]
+            output["rope_scaling"] = None
+        return output
+
+
+class LlavaOnevision1_5Config(PreTrainedConfig):
+    """The whole model. An absent `tie_word_embeddings` means that `lm_head` has its own weight."""
+
+    model_type = "llavaonevision1_5"
+    sub_configs = {"vision_config": LlavaOnevision1_5VisionConfig, "text_config": LlavaOnevision1_5TextConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    vision_start_token_id: int | None = 151652
+    vision_end_token_id: int | None = 151653
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name, config_class in self.sub_configs.items():
+            given = getattr(self, name)
+            if given is None:
+                given = config_class()
+            elif isinstance(given, dict):
+                given = config_class(**{key: value for key, value in given.items() if key != "model_type"})
+            setattr(self, name, given)
+        # Older releases of transformers wrote the flag into the text configuration.
+        self.tie_word_embeddings = bool(self.tie_word_embeddings or self.text_config.tie_word_embeddings)
+        # The published top level repeats this key; the text configuration is the one that counts.
+        kwargs.pop("vocab_size", None)
+        super().__post_init__(**kwargs)
+        if self.vision_config.text_hidden_size != self.text_config.hidden_size:
+            raise ValueError(
+                f"vision text_hidden_size {self.vision_config.text_hidden_size} must equal the text hidden_size "
+                f"{self.text_config.hidden_size}"
+            )
+
+
+class LlavaOnevision1_5UpstreamConfig(LlavaOnevision1_5Config):
+    """Reads the upstream port's `config.json`; what it returns is a plain `LlavaOnevision1_5Config`."""
+
+    model_type = UPSTREAM_MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return LlavaOnevision1_5Config.from_dict(
+            {**config_dict, "model_type": LlavaOnevision1_5Config.model_type}, **kwargs
+        )

@@ -1,0 +1,510 @@
+"""LLaVA-OneVision-1.5 on current transformers: the plain eager model that everything else is compared with.
+
+    pixel_values (N, 3*14*14), grid_thw (n, 3)
+        -> LlavaOnevision1_5VisionModel   patch embedding, class rows, 2D-RoPE transformer, 2x2 merger
+        -> features (N/4, text width)     replace the placeholder tokens' embeddings
+        -> Qwen3Model                     transformers' own text model
+        -> lm_head
+
+Module and parameter names are those of the original implementation. A *segment* is one temporal frame of one image or
+video; attention in the vision tower stays inside a segment, and every segment begins with a class row.
+
+The original code drops the class rows at the wrong offset as soon as there is more than one segment; this follows the
+corrected behaviour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel, Qwen3Model
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from llava15_kernels.vision_rope import apply_rope_tables, vision_rope_tables
+
+from .configuration import LlavaOnevision1_5Config, LlavaOnevision1_5VisionConfig
+
+
+@dataclass(frozen=True)
+class VisionLayout:
+    """Where each row of the packed vision sequence belongs; computed once per forward, the same for every layer.
+
+    Attributes:
+        lengths: rows of each segment, class row included.
+        cu_seqlens: (segments + 1,) int32, their running sum.
+        position_ids: (S, 2) int32, (row, column) of a patch in its grid; (-1, -1) for a class row.
+    """
+
+    lengths: tuple[int, ...]
+    cu_seqlens: torch.Tensor
+    position_ids: torch.Tensor
+
+    @property
+    def max_seqlen(self) -> int:
+        return max(self.lengths)
+
+    @cached_property
+    def patch_rows(self) -> torch.Tensor:
+        """(N,) indices of the rows that are patches, on the device of `cu_seqlens`."""
+        rows, start = [], 0
+        for length in self.lengths:
+            rows.append(torch.arange(start + 1, start + length))
+            start += length
+        return torch.cat(rows).to(self.cu_seqlens.device)
+
+    @classmethod
+    def from_grids(cls, grids: list[list[int]], merge_size: int, device: torch.device) -> VisionLayout:
+        """`grids` holds (t, h, w) in patches per image or video, already checked."""
+        lengths: list[int] = []
+        positions: list[torch.Tensor] = []
+        class_row = torch.full((1, 2), -1, dtype=torch.int32)
+        for t, h, w in grids:
+            rows, columns = torch.meshgrid(
+                torch.arange(h, dtype=torch.int32), torch.arange(w, dtype=torch.int32), indexing="ij"
+            )
+            grid = torch.stack([rows, columns], dim=-1)
+            # The image processor stores patches merge block by merge block.
+            blocks = grid.view(h // merge_size, merge_size, w // merge_size, merge_size, 2)
+            frame = torch.cat([class_row, blocks.transpose(1, 2).reshape(h * w, 2)])
+            positions.extend([frame] * t)
+            lengths.extend([h * w + 1] * t)
+        cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        cu_seqlens[1:] = torch.tensor(lengths).cumsum(0)
+        return cls(tuple(lengths), cu_seqlens.to(device), torch.cat(positions).to(device))
+
+
+class LlavaOnevision1_5VisionPatchEmbed(nn.Module):
+    """(N, 3*14*14) pixels -> (N, hidden). One convolution per patch, i.e. one matrix product."""
+
+    def __init__(self, config: LlavaOnevision1_5VisionConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(
+            config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False
+        )
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        weight = self.proj.weight
+        return nn.functional.linear(pixel_values.to(weight.dtype), weight.flatten(1))
+
+
+class LlavaOnevision1_5VisionRotaryEmbedding(nn.Module):
+    """(S, 2) positions -> cos and sin tables (S, head_dim) of the 2D rotary embedding, in float32.
+
+    f_i = theta^(-2i / (head_dim/2)), i < head_dim/4, are the inverse frequencies; a class row has learned angles.
+    """
+
+    def __init__(self, config: LlavaOnevision1_5VisionConfig) -> None:
+        super().__init__()
+        self.dim = config.hidden_size // config.num_heads // 2
+        self.theta = config.rope_theta
+        self.register_buffer("inv_freq", self.compute_inv_freq(), persistent=False)
+
+    def compute_inv_freq(self) -> torch.Tensor:
+        return 1.0 / (self.theta ** (torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim))
+
+    def forward(self, position_ids: torch.Tensor, class_pos_emb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return vision_rope_tables(position_ids, self.inv_freq, class_pos_emb)
+
+
+class LlavaOnevision1_5VisionAttention(nn.Module):
+    """Multi-head attention inside each segment, with 2D RoPE on queries and keys and one packed qkv projection."""
+
+    def __init__(self, config: LlavaOnevision1_5VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_heads
+        self.head_dim = config.hidden_size // config.num_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.num_key_value_groups = 1
+        self.is_causal = False
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        layout: VisionLayout,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(S, hidden) -> (S, hidden), and the attention weights where the implementation returns them."""
+        query, key, value = self.qkv(hidden_states).view(-1, 3, self.num_heads, self.head_dim).unbind(1)
+        query, key = apply_rope_tables(query, key, *position_embeddings)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        outputs, weights = [], None
+        segments = (tensor.transpose(0, 1)[None].split(layout.lengths, dim=2) for tensor in (query, key, value))
+        for segment in zip(*segments, strict=True):
+            output, weights = attention(
+                self,
+                *segment,
+                attention_mask=None,
+                scaling=self.scaling,
+                dropout=self.attention_dropout if self.training else 0.0,
+                is_causal=False,
+                **kwargs,
+            )
+            outputs.append(output)
+        hidden_states = torch.cat(outputs, dim=1).reshape(hidden_states.shape)
+        # Weights of one segment only would be a wrong answer for several.
+        return self.proj(hidden_states), weights if len(outputs) == 1 else None
+
+
+class LlavaOnevision1_5VisionMLP(nn.Module):
+    def __init__(self, config: LlavaOnevision1_5VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act(self.fc1(hidden_states)))
+
+
+class LlavaOnevision1_5VisionBlock(GradientCheckpointingLayer):
+    """x += attn(norm1(x)); x += mlp(norm2(x))."""
+
+    def __init__(self, config: LlavaOnevision1_5VisionConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attn = LlavaOnevision1_5VisionAttention(config)
+        self.mlp = LlavaOnevision1_5VisionMLP(config)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        hidden_states = hidden_states + self.attn(self.norm1(hidden_states), *args, **kwargs)[0]
+        return hidden_states + self.mlp(self.norm2(hidden_states))
+
+
+class LlavaOnevision1_5VisionPatchMerger(nn.Module):
+    """LayerNorm, four consecutive rows become one, two linear layers: (N, hidden) -> (N/4, text width)."""
+
+    def __init__(self, config: LlavaOnevision1_5VisionConfig) -> None:
+        super().__init__()
+        self.merged_size = config.hidden_size * config.spatial_merge_size**2
+        self.ln_q = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = nn.Sequential(
+            nn.Linear(self.merged_size, self.merged_size),
+            nn.GELU(),
+            nn.Linear(self.merged_size, config.text_hidden_size),
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.ln_q(hidden_states).view(-1, self.merged_size))
+
+
+class LlavaOnevision1_5PreTrainedModel(PreTrainedModel):
+    config: LlavaOnevision1_5Config
+    config_class = LlavaOnevision1_5Config
+    base_model_prefix = "model"
+    input_modalities = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Qwen3DecoderLayer", "LlavaOnevision1_5VisionBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LlavaOnevision1_5VisionRotaryEmbedding):
+            init.copy_(module.inv_freq, module.compute_inv_freq())
+        elif isinstance(module, LlavaOnevision1_5VisionModel):
+            init.normal_(module.class_embedding, mean=0.0, std=module.config.hidden_size**-0.5)
+            init.normal_(module.class_pos_emb, mean=0.0, std=1.0)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', always with the published tensor names, whatever naming the model was loaded from."""
+        loaded_conversions = self.__dict__.pop("_weight_conversions", None)
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            if loaded_conversions is not None:
+                self._weight_conversions = loaded_conversions
+
+
+class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
+    """The vision tower: `visual(pixel_values, grid_thw=...).pooler_output` are the merged features."""
+
+    config: LlavaOnevision1_5VisionConfig
+    config_class = LlavaOnevision1_5VisionConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "video")
+    _no_split_modules = ["LlavaOnevision1_5VisionBlock"]
+    _input_embed_layer = "patch_embed"
+    _can_record_outputs = {
+        "hidden_states": LlavaOnevision1_5VisionBlock,
+        "attentions": LlavaOnevision1_5VisionAttention,
+    }
+
+    def __init__(self, config: LlavaOnevision1_5VisionConfig) -> None:
+        super().__init__(config)
+        self.spatial_merge_size = config.spatial_merge_size
+        self.patch_embed = LlavaOnevision1_5VisionPatchEmbed(config)
+        self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
+        self.class_pos_emb = nn.Parameter(torch.empty(1, config.hidden_size // config.num_heads // 2))
+        self.rotary_pos_emb = LlavaOnevision1_5VisionRotaryEmbedding(config)
+        self.pre_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.blocks = nn.ModuleList([LlavaOnevision1_5VisionBlock(config) for _ in range(config.depth)])
+        self.merger = LlavaOnevision1_5VisionPatchMerger(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, **kwargs: Any
+    ) -> tuple | BaseModelOutputWithPooling:
+        """
+        Args:
+            pixel_values: (N, channels * patch * patch) rows of the image processor, in merge-block order.
+            grid_thw: (n, 3) integers, (t, h, w) in patches of every image or video; sum of t*h*w is N.
+
+        Returns:
+            `last_hidden_state` (N, hidden) before the merger and `pooler_output` (N/4, text width).
+
+        Raises:
+            ValueError: the grid does not fit the pixels or the merge size.
+        """
+        grids = self.check_inputs(pixel_values, grid_thw)
+        layout = VisionLayout.from_grids(grids, self.spatial_merge_size, pixel_values.device)
+        position_embeddings = self.rotary_pos_emb(layout.position_ids, self.class_pos_emb)
+        hidden_states = self.embed_patches(pixel_values, layout)
+        for block in self.blocks:
+            hidden_states = block(hidden_states, layout, position_embeddings, **kwargs)
+        patches, merged = self.merge_patches(hidden_states, layout)
+        return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=merged)
+
+    def embed_patches(self, pixel_values: torch.Tensor, layout: VisionLayout) -> torch.Tensor:
+        """(N, pixels) -> (S, hidden): patch embeddings, a class row before each segment, pre_layernorm."""
+        patches = self.patch_embed(pixel_values)
+        class_row = self.class_embedding.to(patches.dtype)[None]
+        rows = []
+        for segment in patches.split([length - 1 for length in layout.lengths]):
+            rows += [class_row, segment]
+        return self.pre_layernorm(torch.cat(rows))
+
+    def merge_patches(self, hidden_states: torch.Tensor, layout: VisionLayout) -> tuple[torch.Tensor, torch.Tensor]:
+        """(S, hidden) -> the patches (N, hidden) without class rows, and the merged features (N/4, text width)."""
+        patches = hidden_states[layout.patch_rows]
+        return patches, self.merger(patches)
+
+    def check_inputs(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> list[list[int]]:
+        """The grids as Python integers, after checking them against the pixels."""
+        if grid_thw is None or grid_thw.ndim != 2 or grid_thw.shape[-1] != 3:
+            shape = None if grid_thw is None else tuple(grid_thw.shape)
+            raise ValueError(f"grid_thw has shape {shape}, expected (images, 3) with (t, h, w) per image")
+        width = self.config.in_channels * self.config.patch_size**2
+        if pixel_values.ndim != 2 or pixel_values.shape[-1] != width:
+            raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}, expected (patches, {width})")
+        grids = grid_thw.tolist()
+        merge = self.spatial_merge_size
+        for index, (t, h, w) in enumerate(grids):
+            if min(t, h, w) < 1 or h % merge or w % merge:
+                raise ValueError(
+                    f"grid_thw[{index}] is ({t}, {h}, {w}), expected positive numbers with h and w divisible by the "
+                    f"merge size {merge}"
+                )
+        patches = sum(t * h * w for t, h, w in grids)
+        if patches != pixel_values.shape[0]:
+            raise ValueError(f"grid_thw {grids} describes {patches} patches, but pixel_values has {pixel_values.shape[0]}")
+        return grids
+
+
+class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
+    """Vision tower and language model; returns hidden states."""
+
+    def __init__(self, config: LlavaOnevision1_5Config) -> None:
+        super().__init__(config)
+        self.visual = LlavaOnevision1_5VisionModel._from_config(config.vision_config)
+        self.language_model = Qwen3Model._from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """The vision tower's output with `pooler_output` split: one (t*h*w/4, text width) tensor per image."""
+        pixel_values = pixel_values.to(self.visual.dtype)
+        output = self.visual(pixel_values, grid_thw=image_grid_thw, **{**kwargs, "return_dict": True})
+        sizes = (image_grid_thw.prod(-1) // self.visual.spatial_merge_size**2).tolist()
+        output.pooler_output = output.pooler_output.split(sizes)
+        return output
+
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """As `get_image_features`, one tensor per video."""
+        return self.get_image_features(pixel_values_videos, video_grid_thw, **kwargs)
+
+    def insert_features(
+        self,
+        kind: str,
+        token_id: int,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        features: torch.Tensor,
+    ) -> torch.Tensor:
+        """`inputs_embeds` (B, L, width) with the embeddings of the placeholder tokens replaced by `features`.
+
+        Raises:
+            ValueError: the number of placeholders is not the number of feature rows.
+        """
+        if input_ids is not None:
+            mask = input_ids == token_id
+        else:
+            placeholder = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
+            mask = (inputs_embeds == placeholder).all(-1)
+        if (found := int(mask.sum())) != features.shape[0]:
+            raise ValueError(
+                f"{found} {kind} placeholder tokens (id {token_id}) in the prompt, but the {kind} inputs give "
+                f"{features.shape[0]} features: they must be equal"
+            )
+        features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(mask.to(inputs_embeds.device)[..., None], features)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple | BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: (B, L) token ids, or `inputs_embeds` (B, L, width) in their place.
+            attention_mask: (B, L), 0 where a token is padding.
+            position_ids: (B, L); by default 0, 1, 2, ... (plain 1D positions, no mrope).
+            pixel_values: (N, 3*14*14) patches of all images, with `image_grid_thw` (images, 3).
+            pixel_values_videos: the same for video frames, with `video_grid_thw` (videos, 3).
+            mm_token_type_ids: accepted for callers that pass every processor output; not needed.
+
+        Raises:
+            ValueError: placeholders and features, or grids and pixels, do not match.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        for kind, token_id, pixels, grid_thw in (
+            ("image", self.config.image_token_id, pixel_values, image_grid_thw),
+            ("video", self.config.video_token_id, pixel_values_videos, video_grid_thw),
+        ):
+            if pixels is not None:
+                if grid_thw is None:
+                    raise ValueError(f"{kind} pixels were passed without {kind}_grid_thw")
+                features = torch.cat(self.get_image_features(pixels, grid_thw).pooler_output)
+                inputs_embeds = self.insert_features(kind, token_id, input_ids, inputs_embeds, features)
+        return self.language_model(
+            input_ids=None,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+
+class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel, GenerationMixin):
+    """The model with its language head; what `generate` is called on."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: LlavaOnevision1_5Config) -> None:
+        super().__init__(config)
+        self.model = LlavaOnevision1_5Model(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs: Any) -> Any:
+        """See `LlavaOnevision1_5Model.get_image_features`."""
+        return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
+
+    def get_video_features(self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor, **kwargs: Any) -> Any:
+        """See `LlavaOnevision1_5Model.get_video_features`."""
+        return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> tuple | CausalLMOutputWithPast:
+        """As `LlavaOnevision1_5Model.forward`, plus
+
+        Args:
+            labels: (B, L) token ids to predict, -100 where there is nothing to predict; shifted here.
+            logits_to_keep: the number of last positions to compute logits of (0: all), or their indices.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            **{**kwargs, "return_dict": True},
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
