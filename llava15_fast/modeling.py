@@ -35,6 +35,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from llava15_kernels.vision_rope import apply_rope_tables, vision_rope_tables
 
+from .checkpoint import published_names
 from .configuration import LlavaOnevision1_5Config, LlavaOnevision1_5VisionConfig
 
 
@@ -213,6 +214,7 @@ class LlavaOnevision1_5PreTrainedModel(PreTrainedModel):
     config: LlavaOnevision1_5Config
     config_class = LlavaOnevision1_5Config
     base_model_prefix = "model"
+    published_prefix = ""
     input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["Qwen3DecoderLayer", "LlavaOnevision1_5VisionBlock"]
@@ -233,12 +235,13 @@ class LlavaOnevision1_5PreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers', always with the published tensor names, whatever naming the model was loaded from."""
-        loaded_conversions = self.__dict__.pop("_weight_conversions", None)
+        loaded_names = getattr(self, "_weight_conversions", None)
+        if getattr(self, "hf_quantizer", None) is None:
+            self._weight_conversions = published_names(self.published_prefix)
         try:
             return super().save_pretrained(save_directory, *args, **kwargs)
         finally:
-            if loaded_conversions is not None:
-                self._weight_conversions = loaded_conversions
+            self._weight_conversions = loaded_names
 
 
 class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
@@ -441,6 +444,7 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
 class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel, GenerationMixin):
     """The model with its language head; what `generate` is called on."""
 
+    published_prefix = "model."
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: LlavaOnevision1_5Config) -> None:

@@ -5,63 +5,82 @@ Done once, when `llava15_fast` is imported. Nothing here changes another model's
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from typing import Any
 
-import torch
 import transformers.processing_utils  # noqa: F401  -- replaces sys.modules["transformers"]; must come before names are set
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedConfig,
+)
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
+from .checkpoint import published_names, upstream_names
 from .configuration import (
+    UPSTREAM_MODEL_TYPE,
     LlavaOnevision1_5Config,
     LlavaOnevision1_5TextConfig,
     LlavaOnevision1_5UpstreamConfig,
     LlavaOnevision1_5VisionConfig,
 )
 from .modeling import LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model, LlavaOnevision1_5VisionModel
+from .processing import LlavaOnevision1_5Processor
 
 logger = logging.getLogger(__name__)
 
 
-class ReshapeToParameter(ConversionOps):
-    """An embedding table of one row -> the parameter of that size, (1, n) -> (n,) or (1, n)."""
+def _install_processor_lookup() -> None:
+    """`AutoProcessor.from_pretrained` on a folder of this model gives our processor, whatever class its files name.
 
-    @torch.no_grad
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> dict[str, torch.Tensor]:
-        (tensors,) = input_dict.values()
-        tensor = tensors[0] if isinstance(tensors, list) else tensors
-        expected = kwargs["model"].get_parameter(kwargs["full_layer_name"]).shape
-        return {target_patterns[0]: tensor.reshape(expected)}
+    The published files name `Qwen2_5_VLProcessor`, which AutoProcessor takes before it looks at the model's type.
+    """
+    original = AutoProcessor.from_pretrained
+    if getattr(original, "llava15_fast", False):
+        return
 
-    @property
-    def reverse_op(self) -> ConversionOps:
-        raise NotImplementedError("the published names are written, so this direction does not occur")
+    @functools.wraps(original)
+    def from_pretrained(pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        if _is_this_model(pretrained_model_name_or_path, kwargs):
+            for key in ("config", "trust_remote_code"):
+                kwargs.pop(key, None)
+            return LlavaOnevision1_5Processor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return original(pretrained_model_name_or_path, **kwargs)
 
-
-class UpstreamNameConverter(WeightConverter):
-    """Reads a tensor by the upstream port's name; when saving there is nothing to undo."""
-
-    __slots__ = ()
-
-    def reverse_transform(self) -> WeightRenaming:
-        return WeightRenaming(r"^no tensor has this name$", r"^$")
+    from_pretrained.llava15_fast = True
+    AutoProcessor.from_pretrained = staticmethod(from_pretrained)
 
 
-def checkpoint_conversions(base_prefix: str) -> list[Any]:
-    """Tensor names on disk -> module names. `base_prefix` is "model." below the generation class, else ""."""
-    return [
-        WeightRenaming(r"^visual", f"{base_prefix}visual"),
-        WeightRenaming(r"^model(?!\.(language_model|visual))", f"{base_prefix}language_model"),
-        *(
-            UpstreamNameConverter(f"visual.{name}.weight", f"visual.{name}", operations=[ReshapeToParameter()])
-            for name in ("class_embedding", "class_pos_emb")
-        ),
-    ]
+def _is_this_model(name_or_path: Any, kwargs: dict[str, Any]) -> bool:
+    keys = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name_or_path, **{k: kwargs[k] for k in keys if k in kwargs})
+    except (OSError, ValueError):
+        return False  # no configuration to go by; the original says what is wrong
+    return config.get("model_type") in (LlavaOnevision1_5Config.model_type, UPSTREAM_MODEL_TYPE)
+
+
+def _export_names() -> None:
+    """`from transformers import LlavaOnevision1_5ForConditionalGeneration` and the other names of the reference page."""
+    for exported in (
+        LlavaOnevision1_5Config,
+        LlavaOnevision1_5VisionConfig,
+        LlavaOnevision1_5TextConfig,
+        LlavaOnevision1_5Model,
+        LlavaOnevision1_5VisionModel,
+        LlavaOnevision1_5ForConditionalGeneration,
+        LlavaOnevision1_5Processor,
+    ):
+        present = getattr(sys.modules["transformers"], exported.__name__, exported)
+        if present is not exported:
+            logger.warning("transformers brings its own %s; it is left in place", exported.__name__)
+            continue
+        setattr(sys.modules["transformers"], exported.__name__, exported)
 
 
 def register() -> None:
@@ -76,7 +95,9 @@ def register() -> None:
     AutoModel.register(LlavaOnevision1_5VisionConfig, LlavaOnevision1_5VisionModel, exist_ok=True)
     for auto_class in (AutoModelForImageTextToText, AutoModelForCausalLM):
         auto_class.register(LlavaOnevision1_5Config, LlavaOnevision1_5ForConditionalGeneration, exist_ok=True)
-    for model_class, prefix in ((LlavaOnevision1_5ForConditionalGeneration, "model."), (LlavaOnevision1_5Model, "")):
-        register_checkpoint_conversion_mapping(
-            model_class.__name__, checkpoint_conversions(prefix), overwrite=True
-        )
+    AutoProcessor.register(LlavaOnevision1_5Config, LlavaOnevision1_5Processor, exist_ok=True)
+    _install_processor_lookup()
+    _export_names()
+    for model_class in (LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model):
+        names = published_names(model_class.published_prefix) + upstream_names()
+        register_checkpoint_conversion_mapping(model_class.__name__, names, overwrite=True)

@@ -1,0 +1,258 @@
+"""The processor: text, images and video frames -> model inputs, with Pillow alone.
+
+    "... <|image_pad|> ..."  +  image     ->  input_ids with one placeholder per merged patch, pixel_values, image_grid_thw
+    "... <|video_pad|> ..."  +  frames    ->  the same as pixel_values_videos, video_grid_thw (frames, h, w)
+
+Images go through transformers' Pillow processor of Qwen2-VL with `temporal_patch_size=1`. transformers' own video
+processor needs torchvision, so a video is taken as its frames: a list of images or an array (frames, height, width, 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers.image_utils import load_image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    Qwen2VLImageProcessorKwargs,
+    Qwen2VLImageProcessorPil,
+)
+
+ImageSource = str | PathLike | Image.Image | np.ndarray | torch.Tensor
+
+IMAGE_OPTIONS = frozenset(Qwen2VLImageProcessorKwargs.__annotations__) | {
+    "do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
+    "do_convert_rgb", "input_data_format",
+}  # fmt: skip
+
+
+def read_image(source: ImageSource) -> Image.Image | np.ndarray | torch.Tensor:
+    """An upright RGB image of a path, an address, base64 text or a Pillow image; arrays are returned as they are.
+
+    Raises:
+        ValueError: the image cannot be read; the message names it.
+    """
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        return source
+    if not isinstance(source, (str, PathLike, Image.Image)):
+        raise ValueError(f"an image is given as {type(source).__name__}, expected a path, an address, a Pillow image or an array")
+    name = repr(str(source)[:200]) if not isinstance(source, Image.Image) else f"of mode {source.mode}, size {source.size}"
+    try:
+        if isinstance(source, Image.Image):
+            image = source
+        elif isinstance(source, str) and source.startswith(("http://", "https://", "data:image/")):
+            image = load_image(source)
+        else:
+            image = Image.open(source)
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":
+            image = _to_8_bit(image)
+        return image.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"no image file {name}") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"cannot read image {name}: not an image that Pillow knows") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read image {name}: {error}") from None
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    # Pillow's own conversion clips 16-bit values at 255, which turns most such images white.
+    values = np.asarray(image).astype(np.float64)
+    scale = 65535.0 if values.max(initial=0.0) > 255 else 255.0
+    return Image.fromarray((values.clip(0, scale) * (255.0 / scale)).round().astype(np.uint8))
+
+
+def _flatten(items: Any) -> Iterator[Any]:
+    """The images of an image, a list, or a list of lists, in order."""
+    if isinstance(items, (list, tuple)):
+        for item in items:
+            yield from _flatten(item)
+    else:
+        yield items
+
+
+def _is_video(item: Any) -> bool:
+    """Whether `item` is one video: an array of frames, or a list of frames."""
+    if isinstance(item, (np.ndarray, torch.Tensor)):
+        return item.ndim == 4
+    return isinstance(item, (list, tuple)) and len(item) > 0 and all(_is_frame(frame) for frame in item)
+
+
+def _is_frame(item: Any) -> bool:
+    if isinstance(item, (np.ndarray, torch.Tensor)):
+        return item.ndim == 3
+    return isinstance(item, (str, PathLike, Image.Image))
+
+
+def _videos(items: Any) -> Iterator[list[Any]]:
+    """Every video of a video, a list of videos, or a list of lists of videos, as its list of frames."""
+    if _is_video(items):
+        yield list(items)
+    elif isinstance(items, (list, tuple)) and items:
+        for item in items:
+            yield from _videos(item)
+    elif isinstance(items, (str, PathLike)):
+        raise ValueError(f"video {str(items)!r}: decode it first and pass its frames, a list of images or an array")
+    elif not isinstance(items, (list, tuple)):
+        raise ValueError(f"a video is given as {type(items).__name__}, expected a list of frames or an array (frames, h, w, 3)")
+
+
+class LlavaOnevision1_5Processor(ProcessorMixin):
+    """Tokenizer and Pillow image processor in one.
+
+    Args:
+        image_processor: a `Qwen2VLImageProcessorPil` with `temporal_patch_size` 1.
+        tokenizer: the Qwen2 tokenizer, with `<|image_pad|>` and `<|video_pad|>` as single tokens.
+        chat_template: Jinja template; by default the tokenizer's.
+    """
+
+    def __init__(
+        self,
+        image_processor: Qwen2VLImageProcessorPil | None = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+    ) -> None:
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+        if image_processor.temporal_patch_size != 1:
+            raise ValueError(f"temporal_patch_size of the image processor is {image_processor.temporal_patch_size}, expected 1")
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids([self.image_token, self.video_token])
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> LlavaOnevision1_5Processor:
+        """From a folder or repository; `min_pixels` and `max_pixels` override the image processor's.
+
+        The processor class that the files name (the published ones name Qwen2.5-VL's) is not looked at.
+        """
+        pixels = {key: kwargs.pop(key) for key in ("min_pixels", "max_pixels") if key in kwargs}
+        processor_dict, kwargs = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        kwargs.pop("_from_auto", None)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        # The published files may leave this to the class, whose default is Qwen2-VL's 2.
+        image_processor.temporal_patch_size = 1
+        image_processor.size = _pixel_limits(image_processor.size, pixels)
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return cls(image_processor, tokenizer, chat_template=processor_dict.get("chat_template"))
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        videos: Any = None,
+        audio: None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """
+        Args:
+            images: one image, a list, or a list per prompt: paths, addresses, Pillow images, arrays.
+            text: one prompt or a list, with one `<|image_pad|>` per image and one `<|video_pad|>` per video.
+            videos: one video, a list, or a list per prompt; a video is a list of frames or an array of them.
+            **kwargs: the tokenizer's options (`padding`, `return_tensors`, ...) and the image processor's
+                (`min_pixels`, `max_pixels`, `size`, ...), also inside `text_kwargs`, `images_kwargs`, `videos_kwargs`.
+                Padding is on the left unless `padding_side` says otherwise, because that is what `generate` needs.
+
+        Returns:
+            `input_ids`, `attention_mask`, and `pixel_values`, `image_grid_thw`, `pixel_values_videos`, `video_grid_thw` where
+            there are images or videos.
+
+        Raises:
+            ValueError: an image cannot be read, or placeholders and images do not match in number.
+        """
+        if audio is not None:
+            raise ValueError("this model takes no audio")
+        image_options, video_options, text_options = _split_options(kwargs)
+        data: dict[str, Any] = {}
+        image_tokens: list[int] = []
+        video_tokens: list[int] = []
+        if images is not None and (flat := [read_image(image) for image in _flatten(images)]):
+            data["pixel_values"], data["image_grid_thw"] = self._patches(flat, image_options)
+            image_tokens = self._merged_tokens(data["image_grid_thw"])
+        if videos is not None and (clips := list(_videos(videos))):
+            patches, grids = zip(*(self._video_patches(clip, video_options) for clip in clips), strict=True)
+            data["pixel_values_videos"], data["video_grid_thw"] = np.concatenate(patches), np.stack(grids)
+            video_tokens = self._merged_tokens(data["video_grid_thw"])
+        return_tensors = text_options.get("return_tensors")
+        if text is not None:
+            prompts = [text] if isinstance(text, str) else list(text)
+            prompts = self._expand(prompts, self.image_token, image_tokens, "image")
+            prompts = self._expand(prompts, self.video_token, video_tokens, "video")
+            text_options.setdefault("padding_side", "left")
+            data = {**self.tokenizer(prompts, **text_options), **data}
+        elif not data:
+            raise ValueError("pass at least one of text, images and videos")
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _patches(self, images: list[Any], options: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        if "min_pixels" in options or "max_pixels" in options:
+            limits = _pixel_limits(options.get("size") or self.image_processor.size, options)
+            options = {key: value for key, value in options.items() if key not in ("min_pixels", "max_pixels")}
+            options["size"] = limits
+        # One call per image: the arrays of one call must agree in where their channels are, files need not.
+        features = [self.image_processor(image, return_tensors="np", **options) for image in images]
+        return (
+            np.concatenate([feature["pixel_values"] for feature in features]),
+            np.concatenate([feature["image_grid_thw"] for feature in features]),
+        )
+
+    def _video_patches(self, frames: list[Any], options: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        patches, grids = self._patches([read_image(frame) for frame in frames], options)
+        if (grids != grids[0]).any():
+            raise ValueError(f"the frames of a video have different sizes: grids {grids[:, 1:].tolist()}")
+        return patches, np.array([len(frames), *grids[0, 1:]])
+
+    def _merged_tokens(self, grids: np.ndarray) -> list[int]:
+        return (grids.prod(-1) // self.image_processor.merge_size**2).tolist()
+
+    @staticmethod
+    def _expand(prompts: list[str], token: str, counts: list[int], kind: str) -> list[str]:
+        """Each placeholder repeated as often as its image or video has features."""
+        found = sum(prompt.count(token) for prompt in prompts)
+        if found != len(counts):
+            raise ValueError(f"{found} {token} placeholders in the text, but {len(counts)} {kind}s were passed")
+        remaining = iter(counts)
+        expanded = []
+        for prompt in prompts:
+            first, *rest = prompt.split(token)
+            expanded.append(first + "".join(token * next(remaining) + part for part in rest))
+        return expanded
+
+    @property
+    def model_input_names(self) -> list[str]:
+        names = self.tokenizer.model_input_names + self.image_processor.model_input_names
+        return [*dict.fromkeys(names), "pixel_values_videos", "video_grid_thw"]
+
+
+def _pixel_limits(size: Any, options: dict[str, Any]) -> dict[str, int]:
+    """The image processor's `size` with `min_pixels` / `max_pixels` of `options` put in."""
+    limits = {"shortest_edge": size["shortest_edge"], "longest_edge": size["longest_edge"]}
+    if options.get("min_pixels") is not None:
+        limits["shortest_edge"] = options["min_pixels"]
+    if options.get("max_pixels") is not None:
+        limits["longest_edge"] = options["max_pixels"]
+    if not 0 < limits["shortest_edge"] <= limits["longest_edge"]:
+        raise ValueError(
+            f"min_pixels {limits['shortest_edge']} and max_pixels {limits['longest_edge']}: expected 0 < min <= max"
+        )
+    return limits
+
+
+def _split_options(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Options of the call -> those for images, for videos, for the tokenizer."""
+    kwargs = dict(kwargs)
+    common = kwargs.pop("common_kwargs", {})
+    images, videos, text = (dict(kwargs.pop(f"{kind}_kwargs", {})) for kind in ("images", "videos", "text"))
+    for key, value in {**common, **kwargs}.items():
+        for options in _owners(key, images, videos, text):
+            options[key] = value
+    return images, videos, text
+
+
+def _owners(key: str, images: dict, videos: dict, text: dict) -> Iterable[dict]:
+    return (images, videos) if key in IMAGE_OPTIONS else (text,)
