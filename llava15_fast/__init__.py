@@ -1,3 +1,42 @@
+"""LLaVA-OneVision-1.5 on current transformers, with hand-written Triton kernels in its forward passes.
+
+    import llava15_fast                      # transformers now knows the model
+    handle = llava15_fast.patch(model)       # this instance runs the kernels
+    model.generate(**inputs)                 # the same answer
+    print(handle.report())                   # what ran where, and why not
+    llava15_fast.unpatch(model)              # as before
+"""
+
+import llava15_kernels
+
+from .configuration import LlavaOnevision1_5Config, LlavaOnevision1_5TextConfig, LlavaOnevision1_5VisionConfig
+from .modeling import LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model, LlavaOnevision1_5VisionModel
+from .patching import PatchError, PatchHandle, Report, patch, patched, unpatch
+from .processing import LlavaOnevision1_5Processor
 from .registration import register
+
+__version__ = "0.1.0"
+
+if llava15_kernels.__version__ != __version__:
+    raise ImportError(
+        f"llava15_fast {__version__} found llava15_kernels {llava15_kernels.__version__} at {llava15_kernels.__file__}: "
+        "both come from one installation, reinstall it"
+    )
+
 register()
-from .modeling import *
+
+__all__ = [
+    "LlavaOnevision1_5Config",
+    "LlavaOnevision1_5ForConditionalGeneration",
+    "LlavaOnevision1_5Model",
+    "LlavaOnevision1_5Processor",
+    "LlavaOnevision1_5TextConfig",
+    "LlavaOnevision1_5VisionConfig",
+    "LlavaOnevision1_5VisionModel",
+    "PatchError",
+    "PatchHandle",
+    "Report",
+    "patch",
+    "patched",
+    "unpatch",
+]

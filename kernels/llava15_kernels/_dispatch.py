@@ -1,0 +1,82 @@
+"""Where an operation runs: the one place that decides between a Triton kernel and its torch counterpart.
+
+    backend="triton"   the Triton kernel: on a GPU, or on a CPU when TRITON_INTERPRET=1 was set before the import
+    backend="torch"    the eager counterpart in the same file: any device, differentiable
+    backend="auto"     "triton" where it can run, else "torch"
+
+The kernels compute forward passes only, so a call that needs a gradient runs the torch counterpart, logged once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from functools import cache
+from typing import Literal
+
+import torch
+import triton
+
+logger = logging.getLogger("llava15_kernels")
+
+Backend = Literal["auto", "triton", "torch"]
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+"""Whether this process runs Triton kernels in the interpreter; fixed when the kernels are imported."""
+
+
+def default_backend(device: torch.device) -> Literal["triton", "torch"]:
+    """The backend that "auto" means on `device`."""
+    return "triton" if device.type == "cuda" or (device.type == "cpu" and INTERPRETED) else "torch"
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """Raises where `backend` is unknown or cannot run on `device`."""
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f'backend is {backend!r}, expected "auto", "triton" or "torch"')
+    if backend == "triton" and default_backend(device) != "triton":
+        raise RuntimeError(
+            f'backend="triton" cannot run on device {str(device)!r}: it needs a GPU, or TRITON_INTERPRET=1 set before '
+            "the kernels are imported"
+        )
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd would record an operation on these tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def choose_backend(op: str, backend: Backend, *tensors: torch.Tensor | None) -> Literal["triton", "torch"]:
+    """The backend of one call, after checking that the tensors fit together.
+
+    Raises:
+        ValueError: unknown backend, or tensors on different devices.
+        TypeError: a tensor that is not float16, bfloat16 or float32.
+        RuntimeError: the asked backend cannot run here.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    device = given[0].device
+    for tensor in given:
+        if tensor.device != device:
+            raise ValueError(f"{op}: tensors on {device} and {tensor.device}, expected one device")
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{op}: dtype {tensor.dtype} is not supported, expected float16, bfloat16 or float32")
+    if backend != "torch":
+        check_backend(backend, device)
+        if default_backend(device) == "torch":
+            return "torch"
+        if not needs_grad(*given):
+            return "triton"
+        _log_gradient(op)
+    return "torch"
+
+
+@cache
+def _log_gradient(op: str) -> None:
+    logger.warning("%s: a gradient is needed and the Triton kernel is forward only, so the torch version runs", op)
+
+
+def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Makes the tensor's GPU the current one: Triton launches on the current device, whatever the tensors say."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

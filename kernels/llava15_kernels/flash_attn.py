@@ -1,0 +1,364 @@
+"""Variable-length flash attention, forward: full for the vision tower, causal with grouped KV heads for the text prefill.
+
+Sequences are packed without padding; segment s of the queries is rows cu_seqlens_q[s] : cu_seqlens_q[s + 1]. For each:
+
+    P = softmax(softmax_scale * Q K^T)        row i sees column j if not causal, or if j <= i + len_k - len_q
+    O = P V                                   a row that sees no column gives 0
+
+Queries are taken BLOCK_M rows at a time; over the keys, BLOCK_N at a time, a running maximum m and sum l keep the softmax
+exact (Dao, https://arxiv.org/abs/2307.08691):
+
+    m' = max(m, rowmax(S))    p = exp(S - m')    a = exp(m - m')    l = a l + rowsum(p)    O = a O + p V
+
+in base 2, with softmax_scale * log2(e) folded into one multiplication.
+
+    q           (total_q, heads, head_dim)        any strides with a contiguous last dimension
+    k, v        (total_k, kv_heads, head_dim)     heads a multiple of kv_heads
+    cu_seqlens  (segments + 1,) int32
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+import triton
+import triton.language as tl
+
+from ._dispatch import INTERPRETED, Backend, choose_backend, device_guard
+
+MAX_HEAD_DIM = 256
+
+
+@triton.jit
+def _attend(
+    acc, running_sum, running_max, q, k_ptr, v_ptr, stride_k, stride_v, start, end, len_k, diagonal, rows, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Keys start : end into the running softmax. MASKED blocks may pass the end of the keys or the diagonal."""
+    columns = tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, BLOCK_D)
+    for block in range(start, end, BLOCK_N):
+        column = block + columns
+        offset = column.to(tl.int64)
+        k_pointers = k_ptr + dims[:, None] + offset[None, :] * stride_k
+        v_pointers = v_ptr + offset[:, None] * stride_v + dims[None, :]
+        if MASKED:
+            k = tl.load(k_pointers, mask=(dims < HEAD_DIM)[:, None] & (column < len_k)[None, :], other=0.0)
+            v = tl.load(v_pointers, mask=(column < len_k)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+        elif HEAD_DIM != BLOCK_D:
+            k = tl.load(k_pointers, mask=(dims < HEAD_DIM)[:, None], other=0.0)
+            v = tl.load(v_pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+        else:
+            k = tl.load(k_pointers)
+            v = tl.load(v_pointers)
+        if UPCAST:
+            k = k.to(tl.float32)
+            v = v.to(tl.float32)
+        scores = tl.dot(q, k, input_precision=PRECISION) * scale
+        if MASKED:
+            seen = (column < len_k)[None, :]
+            if CAUSAL:
+                seen = seen & (column[None, :] <= rows[:, None] + diagonal)
+            scores = tl.where(seen, scores, float("-inf"))
+        new_max = tl.maximum(running_max, tl.max(scores, axis=1))
+        # A row that has seen nothing yet keeps -inf; 0 in its place avoids (-inf) - (-inf).
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        p = tl.exp2(scores - finite_max[:, None])
+        alpha = tl.exp2(running_max - finite_max)
+        running_sum = running_sum * alpha + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        running_max = new_max
+    return acc, running_sum, running_max
+
+
+@triton.jit
+def _flash_attn_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    stride_qs, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh, stride_os, stride_oh,
+    n_blocks, softmax_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    segment = tl.program_id(0) // n_blocks
+    block = tl.program_id(0) % n_blocks
+    head = tl.program_id(1).to(tl.int64)
+
+    start_q = tl.load(cu_seqlens_q_ptr + segment)
+    start_k = tl.load(cu_seqlens_k_ptr + segment)
+    len_q = tl.load(cu_seqlens_q_ptr + segment + 1) - start_q
+    len_k = tl.load(cu_seqlens_k_ptr + segment + 1) - start_k
+    if block * BLOCK_M >= len_q:
+        return
+
+    # int64 before the first multiplication with a stride: tokens * stride passes 2^31 on long packs.
+    q_ptr += start_q.to(tl.int64) * stride_qs + head * stride_qh
+    k_ptr += start_k.to(tl.int64) * stride_ks + (head // GROUP) * stride_kh
+    v_ptr += start_k.to(tl.int64) * stride_vs + (head // GROUP) * stride_vh
+    out_ptr += start_q.to(tl.int64) * stride_os + head * stride_oh
+
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    in_rows = (rows < len_q)[:, None] & (dims < HEAD_DIM)[None, :]
+    q = tl.load(q_ptr + rows.to(tl.int64)[:, None] * stride_qs + dims[None, :], mask=in_rows, other=0.0)
+    if UPCAST:
+        q = q.to(tl.float32)
+    # Some compilers pass Python floats as float64. The factor is log2(e).
+    scale = tl.cast(softmax_scale, tl.float32) * 1.4426950408889634
+
+    diagonal = len_k - len_q
+    unmasked_end = len_k
+    end = len_k
+    if CAUSAL:
+        # The block's first row sees the fewest columns, its last row the most.
+        unmasked_end = tl.minimum(len_k, tl.maximum(block * BLOCK_M + diagonal + 1, 0))
+        end = tl.minimum(len_k, tl.maximum((block + 1) * BLOCK_M + diagonal, 0))
+    unmasked_end = unmasked_end // BLOCK_N * BLOCK_N
+
+    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    running_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    running_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    acc, running_sum, running_max = _attend(
+        acc, running_sum, running_max, q, k_ptr, v_ptr, stride_ks, stride_vs, 0, unmasked_end, len_k, diagonal, rows, scale,
+        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, False, PRECISION, UPCAST,
+    )  # fmt: skip
+    acc, running_sum, running_max = _attend(
+        acc, running_sum, running_max, q, k_ptr, v_ptr, stride_ks, stride_vs, unmasked_end, end, len_k, diagonal, rows, scale,
+        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, True, PRECISION, UPCAST,
+    )  # fmt: skip
+    out = acc / tl.where(running_sum == 0.0, 1.0, running_sum)[:, None]
+    out_pointers = out_ptr + rows.to(tl.int64)[:, None] * stride_os + dims[None, :]
+    tl.store(out_pointers, out.to(out_ptr.dtype.element_ty), mask=in_rows)
+
+
+@dataclass(frozen=True)
+class FlashConfig:
+    """Tile sizes of one launch. They depend on head_dim and dtype alone, never on lengths: a segment gives the same bits
+    alone and in any pack."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def choose(cls, head_dim: int, dtype: torch.dtype) -> FlashConfig:
+        if dtype == torch.float32:
+            # Exact float32 products use no matrix instruction; larger tiles spill.
+            return cls(32, 32, 4, 1) if head_dim <= 128 else cls(16, 16, 4, 1)
+        if head_dim <= 64:
+            return cls(128, 64, 4, 3)
+        if head_dim <= 128:
+            return cls(128, 64, 8, 2)
+        return cls(64, 32, 8, 2)
+
+
+torch.library.define(
+    "llava15::flash_attn_varlen",
+    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, float softmax_scale, "
+    "bool causal) -> Tensor",
+)
+
+
+@torch.library.impl("llava15::flash_attn_varlen", ("cpu", "cuda"))
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    softmax_scale: float,
+    causal: bool,
+) -> torch.Tensor:
+    heads, head_dim = q.shape[1:]
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.numel() == 0 or max_seqlen_q == 0:
+        return out
+    config = FlashConfig.choose(head_dim, q.dtype)
+    n_blocks = triton.cdiv(max_seqlen_q, config.block_m)
+    with device_guard(q):
+        _flash_attn_kernel[((cu_seqlens_q.shape[0] - 1) * n_blocks, heads)](
+            q, k, v, out, cu_seqlens_q, cu_seqlens_k,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
+            n_blocks, softmax_scale,
+            GROUP=heads // k.shape[1], HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, CAUSAL=causal,
+            # A float32 dot is TF32 by default, a thousand times less exact.
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            # The interpreter has no working bfloat16 arithmetic.
+            UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return out
+
+
+@torch.library.register_fake("llava15::flash_attn_varlen")
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    softmax_scale: float,
+    causal: bool,
+) -> torch.Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: torch.Tensor | None = None,
+    *,
+    backend: Backend = "auto",
+) -> torch.Tensor:
+    """Attention over packed sequences, with flash-attn's signature.
+
+    Args:
+        q: (total_q, heads, head_dim), float16, bfloat16 or float32, head_dim up to 256.
+        k, v: (total_k, kv_heads, head_dim), heads a multiple of kv_heads.
+        cu_seqlens_q, cu_seqlens_k: (segments + 1,) int32 on the device of `q`, beginning with 0 and ending with the totals.
+        max_seqlen_q, max_seqlen_k: at least the longest segment's length.
+        softmax_scale: by default 1 / sqrt(head_dim).
+        causal: aligned to the last query and key: row i sees columns up to i + len_k - len_q.
+        deterministic: always the case.
+        backend: see `_dispatch`.
+
+    Returns:
+        (total_q, heads, head_dim) in the dtype of `q`.
+
+    Raises:
+        NotImplementedError: dropout, a window, softcap, alibi, attention probabilities or a block table is asked for.
+        ValueError: shapes that do not fit, head_dim above 256, or tensors on different devices.
+        TypeError: an unsupported dtype.
+    """
+    for name, value, default in (
+        ("dropout_p", dropout_p, 0.0),
+        ("window_size", tuple(window_size), (-1, -1)),
+        ("softcap", softcap, 0.0),
+        ("alibi_slopes", alibi_slopes, None),
+        ("return_attn_probs", return_attn_probs, False),
+        ("block_table", block_table, None),
+    ):
+        if value is not default and value != default:
+            raise NotImplementedError(f"flash_attn_varlen_func: {name}={value!r} is not supported, expected {default!r}")
+    _check_shapes(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5
+    if choose_backend("flash_attn_varlen_func", backend, q, k, v) == "torch":
+        return flash_attn_varlen_sdpa(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
+    return torch.ops.llava15.flash_attn_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, softmax_scale, causal
+    )
+
+
+def _check_shapes(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor
+) -> None:
+    op = "flash_attn_varlen_func"
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[1] % max(k.shape[1], 1):
+        raise ValueError(
+            f"{op}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, expected (total_q, heads, head_dim) and twice "
+            "(total_k, kv_heads, head_dim), heads a multiple of kv_heads"
+        )
+    if not 0 < q.shape[-1] <= MAX_HEAD_DIM:
+        raise ValueError(f"{op}: head_dim {q.shape[-1]} is not supported, expected 1 to {MAX_HEAD_DIM}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"{op}: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, expected one dtype")
+    for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.shape != cu_seqlens_q.shape:
+            raise ValueError(
+                f"{op}: {name} is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, expected int32 (segments + 1,), the same for both"
+            )
+        if cu_seqlens.device != q.device:
+            raise ValueError(f"{op}: {name} on {cu_seqlens.device}, q on {q.device}, expected one device")
+
+
+def flash_attn_varlen_sdpa(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+) -> torch.Tensor:
+    """The torch backend: `scaled_dot_product_attention`, neighbouring segments of equal lengths in one call."""
+    lengths_q, lengths_k = (cu_seqlens.diff().tolist() for cu_seqlens in (cu_seqlens_q, cu_seqlens_k))
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    outputs = []
+    start_q = start_k = 0
+    for (len_q, len_k), run in groupby(zip(lengths_q, lengths_k, strict=True)):
+        count = len(list(run))
+        end_q, end_k = start_q + count * len_q, start_k + count * len_k
+        queries = q[start_q:end_q].unflatten(0, (count, len_q)) if len_q else q[:0]
+        keys, values = (x[start_k:end_k].unflatten(0, (count, len_k)) if len_k else x[:0] for x in (k, v))
+        start_q, start_k = end_q, end_k
+        if len_q == 0:
+            continue
+        if len_k == 0:
+            outputs.append(torch.zeros_like(queries).flatten(0, 1))
+            continue
+        # torch aligns its causal mask to the first query and key, flash-attn to the last.
+        mask = None
+        if causal and len_q != len_k:
+            mask = torch.ones(len_q, len_k, dtype=torch.bool, device=q.device).tril(len_k - len_q)
+        output = torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (queries, keys, values)),
+            attn_mask=mask,
+            is_causal=causal and mask is None,
+            scale=softmax_scale,
+        ).transpose(1, 2)
+        if causal and len_q > len_k:
+            output[:, : len_q - len_k] = 0.0
+        outputs.append(output.flatten(0, 1))
+    return torch.cat(outputs) if outputs else torch.empty_like(q)
+
+
+def flash_attn_varlen_ref(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """The eager reference: the formula, segment by segment, in the dtype of the inputs."""
+    scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+    group = q.shape[1] // k.shape[1]
+    out = torch.zeros_like(q)
+    bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for start_q, end_q, start_k, end_k in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=False):
+        queries = q[start_q:end_q].transpose(0, 1)
+        keys, values = (x[start_k:end_k].repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
+        scores = queries @ keys.transpose(1, 2) * scale
+        if causal:
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(keys.shape[1] - queries.shape[1] + 1)
+            scores = scores.masked_fill(hidden, float("-inf"))
+        # A row without a visible key is 0/0 here; its output is 0.
+        weights = scores.softmax(-1).nan_to_num(0.0) if causal else scores.softmax(-1)
+        out[start_q:end_q] = (weights @ values).transpose(0, 1)
+    return out

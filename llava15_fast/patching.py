@@ -1,0 +1,330 @@
+"""`patch`, `unpatch`, `patched`: the kernels go into the forward passes of one model instance, and out again.
+
+`TARGETS` declares every method that is replaced, with the class and the signature it must have. All of them are checked
+before the first is touched; a replacement is an attribute of the module instance, so classes and other models stay as
+they are, and taking the attribute away is the undo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from io import StringIO
+from types import MethodType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import Qwen3Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3RMSNorm
+
+from llava15_kernels._dispatch import FLOAT_DTYPES, Backend, check_backend, default_backend
+from llava15_kernels.flash_attn import MAX_HEAD_DIM
+
+from . import replacements
+from .modeling import (
+    LlavaOnevision1_5Model,
+    LlavaOnevision1_5VisionAttention,
+    LlavaOnevision1_5VisionModel,
+    LlavaOnevision1_5VisionRotaryEmbedding,
+)
+from .replacements import SITES, Site
+
+
+class PatchError(RuntimeError):
+    """The model is not what `patch` expects; nothing was changed."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A method to replace.
+
+    Attributes:
+        path: module path below `LlavaOnevision1_5Model`, `*` for every index.
+        module_class: the class the module must be an instance of.
+        parameters: names of the parameters that the class's method must have.
+        replacement: module-level function with the same parameters, after the module.
+        kernels: what runs in it, for the report.
+        attribute: the method.
+    """
+
+    path: str
+    module_class: type[nn.Module]
+    parameters: tuple[str, ...]
+    replacement: Callable[..., Any]
+    kernels: tuple[str, ...]
+    attribute: str = "forward"
+
+
+_LAYER = "language_model.layers.*"
+_NORMS = (
+    f"{_LAYER}.input_layernorm",
+    f"{_LAYER}.post_attention_layernorm",
+    f"{_LAYER}.self_attn.q_norm",
+    f"{_LAYER}.self_attn.k_norm",
+    "language_model.norm",
+)
+
+TARGETS: tuple[Target, ...] = (
+    Target(
+        "visual.rotary_pos_emb",
+        LlavaOnevision1_5VisionRotaryEmbedding,
+        ("position_ids", "class_pos_emb"),
+        replacements.vision_rotary_forward,
+        ("angles for vision_rope_2d",),
+    ),
+    Target(
+        "visual.blocks.*.attn",
+        LlavaOnevision1_5VisionAttention,
+        ("hidden_states", "layout", "position_embeddings", "kwargs"),
+        replacements.vision_attention_forward,
+        ("vision_rope_2d", "flash_attn_varlen_func"),
+    ),
+    Target(
+        "visual",
+        LlavaOnevision1_5VisionModel,
+        ("hidden_states", "layout"),
+        replacements.merge_patches,
+        ("patch_merge",),
+        attribute="merge_patches",
+    ),
+    Target(
+        "language_model",
+        Qwen3Model,
+        ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache", "kwargs"),
+        replacements.text_model_forward,
+        ("padding to segments",),
+    ),
+    Target(
+        _LAYER,
+        Qwen3DecoderLayer,
+        (
+            "hidden_states",
+            "attention_mask",
+            "position_ids",
+            "past_key_values",
+            "use_cache",
+            "position_embeddings",
+            "kwargs",
+        ),
+        replacements.decoder_layer_forward,
+        ("rms_norm + residual",),
+    ),
+    Target(
+        f"{_LAYER}.self_attn",
+        Qwen3Attention,
+        ("hidden_states", "position_embeddings", "attention_mask", "past_key_values", "kwargs"),
+        replacements.text_attention_forward,
+        ("flash_attn_varlen_func, causal",),
+    ),
+    *(Target(path, Qwen3RMSNorm, ("hidden_states",), replacements.rms_norm_forward, ("rms_norm",)) for path in _NORMS),
+)
+
+_REPLACEMENTS = frozenset(target.replacement for target in TARGETS)
+
+
+def patch(model: nn.Module, backend: Backend = "auto") -> PatchHandle:
+    """Replaces the forwards of `TARGETS` on this instance by ones that run the kernels.
+
+    Args:
+        model: a `LlavaOnevision1_5ForConditionalGeneration` or `LlavaOnevision1_5Model`, or a module that holds one.
+        backend: "triton" for the kernels, "torch" for their eager counterparts, "auto" for the kernels wherever they can
+            run. A call that needs a gradient runs the original forward.
+
+    Returns:
+        A handle with `report()`. Patching a patched model again changes nothing, or changes the backend.
+
+    Raises:
+        TypeError: `model` holds no model that is known here.
+        PatchError: a target is missing or has another class, signature, dtype or head_dim than expected.
+        RuntimeError: the backend cannot run on the model's device.
+    """
+    root = _find_model(model)
+    _check_model(root, backend)
+    found = [(target, path, module) for target in TARGETS for path, module in _resolve(root, target)]
+    if not found:
+        raise PatchError(f"{type(root).__name__} has no layers to patch")
+    if (current := _sites(root)) and all(site.backend == backend for site in current):
+        return PatchHandle(model)
+    unpatch(model)
+    try:
+        for target, path, module in found:
+            _install(target, path, module, backend)
+    except BaseException:
+        unpatch(model)
+        raise
+    return PatchHandle(model)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Puts the original forwards back. A model that is not patched stays as it is.
+
+    Raises:
+        TypeError: `model` holds no model that is known here.
+    """
+    for module in _find_model(model).modules():
+        for attribute in module.__dict__.pop(SITES, {}):
+            for slot in (attribute, "_old_forward"):
+                if _is_ours(module.__dict__.get(slot)):
+                    del module.__dict__[slot]
+                    if slot == "_old_forward":
+                        # accelerate's hook calls this one and expects it to be there.
+                        module.__dict__[slot] = MethodType(type(module).forward, module)
+
+
+@contextlib.contextmanager
+def patched(model: nn.Module, backend: Backend = "auto") -> Iterator[PatchHandle]:
+    """`patch` for the length of a `with` block; undone also when the body raises.
+
+    A model that was patched before stays patched, with its backend.
+    """
+    before = {site.backend for site in _sites(_find_model(model))}
+    handle = patch(model, backend)
+    try:
+        yield handle
+    finally:
+        unpatch(model)
+        for previous in before:
+            patch(model, previous)
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """The sites of one target: `modules` of them, their calls per backend, their calls of the original per reason."""
+
+    path: str
+    modules: int
+    kernels: tuple[str, ...]
+    backend: str
+    ran: dict[str, int]
+    fallbacks: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Which kernel ran for which module, and why the original ran instead. `print` shows it as a table."""
+
+    rows: tuple[ReportRow, ...]
+
+    def __rich__(self) -> Table:
+        table = Table("module", "kernel", "ran (calls)", "original ran instead (calls)", title="llava15_fast", show_lines=False)
+        for row in self.rows:
+            ran = [f"{backend} ({calls})" for backend, calls in row.ran.items()]
+            fallbacks = [f"{reason} ({calls})" for reason, calls in row.fallbacks.items()]
+            nothing = f"not called yet ({row.backend})" if not row.ran and not row.fallbacks else "-"
+            name = row.path if row.modules == 1 else f"{row.path} x {row.modules}"
+            table.add_row(name, "\n".join(row.kernels), "\n".join(ran) or nothing, "\n".join(fallbacks) or "-")
+        return table
+
+    def __str__(self) -> str:
+        text = StringIO()
+        Console(file=text, width=140).print(self)
+        return text.getvalue().rstrip()
+
+
+class PatchHandle:
+    """What `patch` returns: the patched model's report."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def report(self) -> Report:
+        """Calls since the model was patched; empty after `unpatch`."""
+        root = _find_model(self.model)
+        rows = []
+        for target in TARGETS:
+            sites = [
+                site
+                for _, module in _resolve(root, target)
+                if (site := module.__dict__.get(SITES, {}).get(target.attribute)) is not None
+            ]
+            if sites:
+                ran = sum((site.ran for site in sites), Counter())
+                fallbacks = sum((site.fallbacks for site in sites), Counter())
+                asked = sites[0].backend
+                rows.append(ReportRow(target.path, len(sites), target.kernels, asked, dict(ran), dict(fallbacks)))
+        return Report(tuple(rows))
+
+    def __repr__(self) -> str:
+        state = "patched" if _sites(_find_model(self.model)) else "not patched"
+        return f"<PatchHandle of a {type(self.model).__name__}, {state}>"
+
+
+def _find_model(model: Any) -> LlavaOnevision1_5Model:
+    found = [module for module in model.modules() if isinstance(module, LlavaOnevision1_5Model)] if isinstance(model, nn.Module) else []
+    if len(found) != 1:
+        raise TypeError(
+            f"{type(model).__name__} holds {len(found)} models of class LlavaOnevision1_5Model, expected one: pass a "
+            "LlavaOnevision1_5ForConditionalGeneration"
+        )
+    return found[0]
+
+
+def _check_model(root: LlavaOnevision1_5Model, backend: str) -> None:
+    vision, text = root.config.vision_config, root.config.text_config
+    for name, head_dim in (("vision", vision.hidden_size // vision.num_heads), ("text", text.head_dim)):
+        if head_dim > MAX_HEAD_DIM:
+            raise PatchError(f"{name} head_dim {head_dim} is not supported, expected at most {MAX_HEAD_DIM}")
+    for norm in (root.language_model.norm, root.visual.pre_layernorm):
+        if norm.weight.dtype not in FLOAT_DTYPES:
+            raise PatchError(f"dtype {norm.weight.dtype} is not supported, expected float16, bfloat16 or float32")
+        if norm.weight.device.type != "meta":
+            check_backend(backend, norm.weight.device)
+
+
+def _resolve(root: nn.Module, target: Target) -> list[tuple[str, nn.Module]]:
+    """The modules of a target with their paths, checked.
+
+    Raises:
+        PatchError: one is missing, or is not what the target declares.
+    """
+    found: list[tuple[str, nn.Module]] = [("", root)]
+    for name in target.path.split("."):
+        children = []
+        for path, module in found:
+            if name == "*":
+                children += [(f"{path}.{index}", child) for index, child in module.named_children()]
+            elif (child := getattr(module, name, None)) is not None:
+                children.append((f"{path}.{name}".lstrip("."), child))
+            else:
+                raise PatchError(f"{path or type(root).__name__} has no {name!r}: the model's structure has changed")
+        found = children
+    for path, module in found:
+        if not isinstance(module, target.module_class):
+            raise PatchError(f"{path} is a {type(module).__name__}, expected {target.module_class.__name__}")
+        method = getattr(type(module), target.attribute, None)
+        parameters = tuple(inspect.signature(method).parameters)[1:] if method else None
+        if parameters != target.parameters:
+            raise PatchError(
+                f"{type(module).__name__}.{target.attribute} has parameters {parameters}, expected {target.parameters}"
+            )
+    return found
+
+
+def _install(target: Target, path: str, module: nn.Module, backend: str) -> None:
+    # accelerate keeps the forward that its hook wraps under this name.
+    slot = "_old_forward" if target.attribute == "forward" and hasattr(module, "_hf_hook") else target.attribute
+    present = module.__dict__.get(slot)
+    if present is not None and not (isinstance(present, MethodType) and present.__func__ is getattr(type(module), target.attribute)):
+        raise PatchError(f"{path}.{target.attribute} was already replaced by {present!r}: undo that before patching")
+    module.__dict__.setdefault(SITES, {})[target.attribute] = Site(path, target.attribute, target.kernels, backend)
+    module.__dict__[slot] = functools.partial(target.replacement, module)
+
+
+def _is_ours(value: Any) -> bool:
+    return isinstance(value, functools.partial) and value.func in _REPLACEMENTS
+
+
+def _sites(root: nn.Module) -> list[Site]:
+    return [site for module in root.modules() for site in module.__dict__.get(SITES, {}).values()]
+
+
+def resolved_backend(model: nn.Module) -> str:
+    """What "auto" means for this model where it is now: "triton" or "torch"."""
+    return default_backend(next(model.parameters(), torch.empty(0)).device)
