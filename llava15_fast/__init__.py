@@ -1,10 +1,10 @@
 """LLaVA-OneVision-1.5 on current transformers, with hand-written Triton kernels in its forward passes.
 
-    import llava15_fast                      # transformers now knows the model
-    handle = llava15_fast.patch(model)       # this instance runs the kernels
-    model.generate(**inputs)                 # the same answer
-    print(handle.report())                   # what ran where, and why not
-    llava15_fast.unpatch(model)              # as before
+import llava15_fast                      # transformers now knows the model
+handle = llava15_fast.patch(model)       # this instance runs the kernels
+model.generate(**inputs)                 # the same answer
+print(handle.report())                   # what ran where, and why not
+llava15_fast.unpatch(model)              # as before
 """
 
 import llava15_kernels

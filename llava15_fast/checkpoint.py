@@ -1,4 +1,4 @@
-"""Tensor names of the two checkpoint formats.
+"""Checkpoint files: a check of what lies in a folder, and the tensor names of the two formats.
 
 | module                      | published (read and written) | upstream port (read)             |
 |-----------------------------|------------------------------|----------------------------------|
@@ -10,9 +10,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 
@@ -47,3 +50,32 @@ def upstream_names() -> list[WeightConverter]:
         WeightConverter(f"visual.{name}.weight", f"visual.{name}", operations=[ReshapeToParameter()])
         for name in ("class_embedding", "class_pos_emb")
     ]
+
+
+def check_checkpoint_files(folder: Any) -> None:
+    """Opens the header of every safetensors file that a local checkpoint consists of; a repository name is not checked.
+
+    Raises:
+        OSError: an index that cannot be read or points out of the folder, or a file that is missing or corrupt.
+    """
+    folder = Path(str(folder))
+    if not folder.is_dir():
+        return
+    index = folder / "model.safetensors.index.json"
+    files = {"model.safetensors"} if (folder / "model.safetensors").is_file() else set()
+    if not files and index.is_file():
+        try:
+            files = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise OSError(f"cannot read {index}: expected JSON with a weight_map ({error})") from None
+    for name in sorted(files):
+        path = folder / name
+        if Path(name).name != name:
+            raise OSError(f"{index} names the file {name!r}, expected a file of the same folder")
+        if not path.is_file():
+            raise OSError(f"{path} is missing, expected because {index.name} names it")
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise OSError(f"{path} is not a complete safetensors file: {error}") from None

@@ -124,6 +124,4 @@ class LlavaOnevision1_5UpstreamConfig(LlavaOnevision1_5Config):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        return LlavaOnevision1_5Config.from_dict(
-            {**config_dict, "model_type": LlavaOnevision1_5Config.model_type}, **kwargs
-        )
+        return LlavaOnevision1_5Config.from_dict({**config_dict, "model_type": LlavaOnevision1_5Config.model_type}, **kwargs)

@@ -35,8 +35,15 @@ from transformers.utils.output_capturing import capture_outputs
 
 from llava15_kernels.vision_rope import apply_rope_tables, vision_rope_tables
 
-from .checkpoint import published_names
+from .checkpoint import check_checkpoint_files, published_names
 from .configuration import LlavaOnevision1_5Config, LlavaOnevision1_5VisionConfig
+
+
+def check_device(name: str, tensor: torch.Tensor, module: nn.Module) -> None:
+    """Raises ValueError where `tensor` is not where `module` computes. accelerate's hooks move tensors themselves."""
+    device = module.weight.device
+    if tensor.device != device and device.type != "meta" and not hasattr(module, "_hf_hook"):
+        raise ValueError(f"{name} is on device {tensor.device}, expected {device}, where the model is")
 
 
 @dataclass(frozen=True)
@@ -92,9 +99,7 @@ class LlavaOnevision1_5VisionPatchEmbed(nn.Module):
 
     def __init__(self, config: LlavaOnevision1_5VisionConfig) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(
-            config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False
-        )
+        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         weight = self.proj.weight
@@ -146,9 +151,7 @@ class LlavaOnevision1_5VisionAttention(nn.Module):
         query, key, value = self.qkv(hidden_states).view(-1, 3, self.num_heads, self.head_dim).unbind(1)
         query, key = apply_rope_tables(query, key, *position_embeddings)
 
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         outputs, weights = [], None
         segments = (tensor.transpose(0, 1)[None].split(layout.lengths, dim=2) for tensor in (query, key, value))
         for segment in zip(*segments, strict=True):
@@ -233,6 +236,16 @@ class LlavaOnevision1_5PreTrainedModel(PreTrainedModel):
             init.normal_(module.class_embedding, mean=0.0, std=module.config.hidden_size**-0.5)
             init.normal_(module.class_pos_emb, mean=0.0, std=1.0)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', after a look at a local folder's files.
+
+        Raises:
+            OSError: a safetensors file of the folder is missing or corrupt; the message names it.
+        """
+        check_checkpoint_files(pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers', always with the published tensor names, whatever naming the model was loaded from."""
         loaded_names = getattr(self, "_weight_conversions", None)
@@ -273,9 +286,7 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
 
     @can_return_tuple
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(
-        self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, **kwargs: Any
-    ) -> tuple | BaseModelOutputWithPooling:
+    def forward(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, **kwargs: Any) -> tuple | BaseModelOutputWithPooling:
         """
         Args:
             pixel_values: (N, channels * patch * patch) rows of the image processor, in merge-block order.
@@ -326,6 +337,7 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
                     f"grid_thw[{index}] is ({t}, {h}, {w}), expected positive numbers with h and w divisible by the "
                     f"merge size {merge}"
                 )
+        check_device("pixel_values", pixel_values, self.patch_embed.proj)
         patches = sum(t * h * w for t, h, w in grids)
         if patches != pixel_values.shape[0]:
             raise ValueError(f"grid_thw {grids} describes {patches} patches, but pixel_values has {pixel_values.shape[0]}")
@@ -420,6 +432,7 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
+            check_device("input_ids", input_ids, self.get_input_embeddings())
             inputs_embeds = self.get_input_embeddings()(input_ids)
         for kind, token_id, pixels, grid_thw in (
             ("image", self.config.image_token_id, pixel_values, image_grid_thw),
@@ -502,9 +515,7 @@ class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

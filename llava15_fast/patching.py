@@ -257,7 +257,11 @@ class PatchHandle:
 
 
 def _find_model(model: Any) -> LlavaOnevision1_5Model:
-    found = [module for module in model.modules() if isinstance(module, LlavaOnevision1_5Model)] if isinstance(model, nn.Module) else []
+    found = (
+        [module for module in model.modules() if isinstance(module, LlavaOnevision1_5Model)]
+        if isinstance(model, nn.Module)
+        else []
+    )
     if len(found) != 1:
         raise TypeError(
             f"{type(model).__name__} holds {len(found)} models of class LlavaOnevision1_5Model, expected one: pass a "
@@ -311,7 +315,9 @@ def _install(target: Target, path: str, module: nn.Module, backend: str) -> None
     # accelerate keeps the forward that its hook wraps under this name.
     slot = "_old_forward" if target.attribute == "forward" and hasattr(module, "_hf_hook") else target.attribute
     present = module.__dict__.get(slot)
-    if present is not None and not (isinstance(present, MethodType) and present.__func__ is getattr(type(module), target.attribute)):
+    if present is not None and not (
+        isinstance(present, MethodType) and present.__func__ is getattr(type(module), target.attribute)
+    ):
         raise PatchError(f"{path}.{target.attribute} was already replaced by {present!r}: undo that before patching")
     module.__dict__.setdefault(SITES, {})[target.attribute] = Site(path, target.attribute, target.kernels, backend)
     module.__dict__[slot] = functools.partial(target.replacement, module)

@@ -40,7 +40,9 @@ def read_image(source: ImageSource) -> Image.Image | np.ndarray | torch.Tensor:
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return source
     if not isinstance(source, (str, PathLike, Image.Image)):
-        raise ValueError(f"an image is given as {type(source).__name__}, expected a path, an address, a Pillow image or an array")
+        raise ValueError(
+            f"an image is given as {type(source).__name__}, expected a path, an address, a Pillow image or an array"
+        )
     name = repr(str(source)[:200]) if not isinstance(source, Image.Image) else f"of mode {source.mode}, size {source.size}"
     try:
         if isinstance(source, Image.Image):

@@ -134,9 +134,7 @@ def vision_attention_forward(
     return module.proj(attended.view(hidden_states.shape)), None
 
 
-def merge_patches(
-    module: nn.Module, hidden_states: torch.Tensor, layout: VisionLayout
-) -> tuple[torch.Tensor, torch.Tensor]:
+def merge_patches(module: nn.Module, hidden_states: torch.Tensor, layout: VisionLayout) -> tuple[torch.Tensor, torch.Tensor]:
     merger = module.merger
     backend = site_of(module, "merge_patches").start(merger, hidden_states, merger, merger.ln_q)
     if backend is None:
@@ -206,6 +204,7 @@ class TextLayout:
         attention_mask: Any,
         position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
+        use_cache: bool | None,
         options: dict[str, Any],
     ) -> TextLayout | str:
         """The layout of a first forward, or the reason why transformers' own attention has to run."""
@@ -221,8 +220,10 @@ class TextLayout:
             return "the attention is not plainly causal"
         batch, length = inputs_embeds.shape[:2]
         if attention_mask is None:
-            if position_ids is not None:
-                return "positions without a mask may describe packed sequences"
+            # Without a cache transformers reads jumps in the positions as the borders of packed sequences.
+            cached = past_key_values is not None or (module.config.use_cache if use_cache is None else use_cache)
+            if not cached and position_ids is not None and bool((position_ids.diff(dim=-1) != 1).any()):
+                return "the positions describe packed sequences"
             pads = [0] * batch
         elif not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != (batch, length):
             return "the attention mask is not one flag per token"
@@ -265,7 +266,7 @@ def text_model_forward(
 ) -> Any:
     """Turns the padding mask into segments once per forward; transformers' own forward does the rest, without a mask."""
     embeds = inputs_embeds if inputs_embeds is not None else module.embed_tokens(input_ids)
-    layout = TextLayout.for_prefill(module, embeds, attention_mask, position_ids, past_key_values, kwargs)
+    layout = TextLayout.for_prefill(module, embeds, attention_mask, position_ids, past_key_values, use_cache, kwargs)
     site = site_of(module)
     if isinstance(layout, str):
         site.fall_back(layout)
@@ -296,9 +297,7 @@ def text_attention_forward(
     site = site_of(module)
     if isinstance(layout, str):
         site.fall_back(layout)
-        return type(module).forward(
-            module, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
-        )
+        return type(module).forward(module, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
     # The text model made sure that no gradient is needed; falling back is no longer possible, its mask is gone.
     backend = site.start(module, hidden_states)
     batch, length, _ = hidden_states.shape

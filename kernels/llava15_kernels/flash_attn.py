@@ -267,9 +267,7 @@ def flash_attn_varlen_func(
         softmax_scale = q.shape[-1] ** -0.5
     if choose_backend("flash_attn_varlen_func", backend, q, k, v) == "torch":
         return flash_attn_varlen_sdpa(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
-    return torch.ops.llava15.flash_attn_varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, softmax_scale, causal
-    )
+    return torch.ops.llava15.flash_attn_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, softmax_scale, causal)
 
 
 def _check_shapes(
@@ -288,7 +286,7 @@ def _check_shapes(
     for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.shape != cu_seqlens_q.shape:
             raise ValueError(
-                f"{op}: {name} is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, expected int32 (segments + 1,), the same for both"
+                f"{op}: {name} is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, expected int32 (segments + 1,), equally long"
             )
         if cu_seqlens.device != q.device:
             raise ValueError(f"{op}: {name} on {cu_seqlens.device}, q on {q.device}, expected one device")

@@ -79,9 +79,7 @@ def _launch(
 
 
 torch.library.define("llava15::rms_norm", "(Tensor x, Tensor weight, float eps) -> Tensor")
-torch.library.define(
-    "llava15::add_rms_norm", "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)"
-)
+torch.library.define("llava15::add_rms_norm", "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)")
 
 
 @torch.library.impl("llava15::rms_norm", ("cpu", "cuda"))
@@ -134,9 +132,7 @@ def rms_norm(
             f"rms_norm: x {tuple(x.shape)} with weight {tuple(weight.shape)}, expected (..., N) and (N,), N <= {MAX_WIDTH}"
         )
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"rms_norm: residual {tuple(residual.shape)} {residual.dtype} must be as x {tuple(x.shape)} {x.dtype}"
-        )
+        raise ValueError(f"rms_norm: residual {tuple(residual.shape)} {residual.dtype} must be as x {tuple(x.shape)} {x.dtype}")
     if choose_backend("rms_norm", backend, x, weight, residual) == "torch":
         return rms_norm_ref(x, weight, eps, residual)
     if residual is None:

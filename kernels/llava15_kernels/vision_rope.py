@@ -51,9 +51,7 @@ def _vision_rope_kernel(
     by_row = pairs < HALF // 2
     axis = tl.where(by_row, 0, 1)
     frequency = tl.load(inv_freq_ptr + tl.where(by_row, pairs, pairs - HALF // 2), mask=pair_mask, other=0.0)
-    position = tl.load(
-        position_ptr + rows[:, None] * 2 + axis[None, :], mask=row_mask[:, None] & pair_mask[None, :], other=0
-    )
+    position = tl.load(position_ptr + rows[:, None] * 2 + axis[None, :], mask=row_mask[:, None] & pair_mask[None, :], other=0)
     class_angle = tl.load(class_ptr + pairs, mask=pair_mask, other=0.0).to(tl.float32)
     angle = tl.where(position < 0, class_angle[None, :], position.to(tl.float32) * frequency[None, :])
     cos = tl.cos(angle)[:, None, :]

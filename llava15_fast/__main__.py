@@ -1,0 +1,7 @@
+"""`python -m llava15_fast` is the command `llava15-fast`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,210 @@
+"""The command line: `llava15-fast demo` and `llava15-fast generate`.
+
+An answer goes to stdout, everything about it to stderr. A mistake is one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+PROMPT = "Describe this image."
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What `generate` gave: the new token ids of the one prompt, their text, and the seconds it took."""
+
+    ids: list[int]
+    text: str
+    seconds: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    arguments = _arguments(argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        return arguments.run(arguments)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"llava15-fast: error: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("llava15-fast: interrupted", file=sys.stderr)
+        return 130
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(prog="llava15-fast", description="LLaVA-OneVision-1.5 with hand-written Triton kernels.")
+    commands = parser.add_subparsers(required=True, metavar="demo | generate")
+
+    demo = commands.add_parser(
+        "demo",
+        help="ask the small trained checkpoint about the sample images, without and with the kernels",
+        description="Asks the small trained checkpoint that ships with the project about the sample images, patches it, asks "
+        "again and compares. The exit status is 1 if any token id differs.",
+    )
+    demo.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto", help="what the patched model runs")
+    demo.add_argument("--images", type=_positive, default=None, metavar="N", help="only the first N sample images")
+    demo.set_defaults(run=_demo)
+
+    generate = commands.add_parser(
+        "generate",
+        help="ask a checkpoint about images",
+        description="Loads a checkpoint, patches it and answers a prompt about the images, all of them in one prompt. The "
+        "answer goes to stdout; the time and the table of what ran go to stderr.",
+    )
+    generate.add_argument("--model", required=True, metavar="DIR", help="a folder in the published format, or a repository")
+    generate.add_argument("--image", action="append", default=[], metavar="FILE", help="an image file; may be repeated")
+    generate.add_argument("--prompt", required=True, metavar="TEXT", help="what to ask")
+    generate.add_argument("--no-patch", action="store_true", help="leave the model as transformers runs it")
+    generate.add_argument("--compare", action="store_true", help="ask without and with the kernels, and compare the token ids")
+    generate.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="the longest answer (default 256)")
+    generate.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto", help="what the patched model runs")
+    generate.set_defaults(run=_generate)
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def load(folder: str | Path) -> tuple[Any, Any]:
+    """Model in evaluation mode and processor of a checkpoint, on the GPU if there is one.
+
+    Raises:
+        OSError: the folder, or a file in it, is missing or cannot be read.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, logging
+
+    from . import LlavaOnevision1_5Config
+
+    logging.disable_progress_bar()
+    if not Path(folder).exists() and Path(folder).is_absolute() | str(folder).startswith("."):
+        raise FileNotFoundError(f"no checkpoint folder {str(folder)!r}")
+    config = AutoConfig.from_pretrained(folder)
+    if not isinstance(config, LlavaOnevision1_5Config):
+        raise ValueError(
+            f"{folder} holds a model of type {config.model_type!r}, expected {LlavaOnevision1_5Config.model_type!r}"
+        )
+    processor = AutoProcessor.from_pretrained(folder)
+    placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", **placement)
+    return model.eval(), processor
+
+
+def ask(model: Any, processor: Any, prompt: str, images: Sequence[str | Path], max_new_tokens: int) -> Answer:
+    """One greedy answer to `prompt` about `images`.
+
+    Raises:
+        ValueError: an image cannot be read.
+    """
+    import torch
+
+    content = [{"type": "image", "image": str(image)} for image in images] + [{"type": "text", "text": prompt}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(model.device)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    ids = output[0, inputs["input_ids"].shape[1] :].tolist()
+    seconds = time.perf_counter() - start
+    return Answer(ids, processor.decode(ids, skip_special_tokens=True), seconds)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from . import patch
+    from .processing import read_image
+
+    if arguments.no_patch and arguments.compare:
+        raise ValueError("--compare and --no-patch exclude each other")
+    for image in arguments.image:
+        read_image(image)  # before a large checkpoint is loaded
+    model, processor = load(arguments.model)
+    question = (processor, arguments.prompt, arguments.image, arguments.max_new_tokens)
+    stderr = Console(stderr=True)
+    plain = ask(model, *question) if arguments.no_patch or arguments.compare else None
+    handle = None if arguments.no_patch else patch(model, arguments.backend)
+    answer = plain if handle is None else ask(model, *question)
+    print(answer.text)
+    stderr.print(f"{len(answer.ids)} tokens in {answer.seconds:.2f} s, {'patched' if handle else 'not patched'}")
+    if handle is not None:
+        stderr.print(handle.report())
+    if arguments.compare:
+        same = plain.ids == answer.ids
+        stderr.print(f"unpatched: {plain.text!r} in {plain.seconds:.2f} s; token ids {'identical' if same else 'DIFFER'}")
+        return 0 if same else 1
+    return 0
+
+
+def assets_folder() -> Path:
+    """Where the small checkpoint and the sample images lie, in a checkout or in an installation."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "assets", here.parent / "assets"):
+        if (folder / "scenes_checkpoint").is_dir():
+            return folder
+    raise FileNotFoundError(f"no assets folder beside {here}")
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from . import patch
+
+    assets = assets_folder()
+    model, processor = load(assets / "scenes_checkpoint")
+    images = sorted((assets / "samples").glob("*.png"))[: arguments.images]
+    unpatched = [ask(model, processor, PROMPT, [image], 64) for image in images]
+    handle = patch(model, arguments.backend)
+    stdout = Console()
+    same = True
+    for image, before in zip(images, unpatched, strict=True):
+        after = ask(model, processor, PROMPT, [image], 64)
+        identical = before.ids == after.ids
+        same &= identical
+        stdout.print(f"[bold]{image}[/bold]", soft_wrap=True)
+        stdout.print(f"  unpatched  {before.text!r}  {before.seconds:.2f} s")
+        stdout.print(f"  patched    {after.text!r}  {after.seconds:.2f} s")
+        stdout.print(f"  token ids  {'identical' if identical else '[red]DIFFERENT[/red]'}")
+    stdout.print(handle.report())
+    if arguments.backend == "auto" and model.device.type == "cpu" and not _interpreted():
+        stdout.print("\nThe same through the Triton kernels, in Triton's interpreter:")
+        sys.stdout.flush()
+        same &= _demo_interpreted() == 0
+    return 0 if same else 1
+
+
+def _interpreted() -> bool:
+    from llava15_kernels import INTERPRETED
+
+    return INTERPRETED
+
+
+def _demo_interpreted() -> int:
+    """The demo on one image in a process of its own: Triton decides at import whether it interprets."""
+    command = [sys.executable, "-m", "llava15_fast", "demo", "--backend", "triton", "--images", "1"]
+    packages = [str(Path(__file__).resolve().parents[1]), str(Path(sys.modules["llava15_kernels"].__file__).parents[1])]
+    path = os.pathsep.join([*packages, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    return subprocess.run(command, env=environment, check=False).returncode
