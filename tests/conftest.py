@@ -1,0 +1,70 @@
+"""Without a GPU the kernels run in Triton's interpreter; that is decided before they are imported."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import llava15_fast
+
+GOLDEN = Path(__file__).parent / "golden"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(20260923)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_buffers(monkeypatch):
+    """Every fresh floating-point buffer is full of NaN, so that a value a kernel forgets to write is seen."""
+    for name in ("empty", "empty_like"):
+        original = getattr(torch, name)
+
+        def poisoned(*args, original=original, **kwargs):
+            tensor = original(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() and not tensor.is_meta else tensor
+
+        monkeypatch.setattr(torch, name, poisoned)
+
+
+@pytest.fixture
+def device():
+    return torch.device(DEVICE)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """case -> (inputs, expected tensors, description) of the original implementation."""
+    tensors = load_file(GOLDEN / "golden.safetensors", device=DEVICE)
+    cases = {}
+    for case, description in json.loads((GOLDEN / "golden.json").read_text())["cases"].items():
+        parts = [
+            {key.split("/", 2)[2]: value for key, value in tensors.items() if key.startswith(f"{case}/{part}/")}
+            for part in ("in", "out")
+        ]
+        cases[case] = (*parts, description)
+    return cases
+
+
+@pytest.fixture
+def tiny():
+    """The golden checkpoint, loaded afresh, in evaluation mode."""
+    model = llava15_fast.LlavaOnevision1_5ForConditionalGeneration.from_pretrained(GOLDEN / "tiny_hub")
+    return model.eval().to(DEVICE)
