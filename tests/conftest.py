@@ -68,3 +68,27 @@ def tiny():
     """The golden checkpoint, loaded afresh, in evaluation mode."""
     model = llava15_fast.LlavaOnevision1_5ForConditionalGeneration.from_pretrained(GOLDEN / "tiny_hub")
     return model.eval().to(DEVICE)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the Triton kernels launched in the test, in order; filled as they run."""
+    names = []
+    if torch.cuda.is_available():
+        import triton
+
+        def entered(metadata):
+            names.append(metadata.get()["name"])
+
+        monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", entered)
+    else:
+        from triton.runtime.interpreter import GridExecutor
+
+        original = GridExecutor.__call__
+
+        def call(self, *args, **kwargs):
+            names.append(self.fn.__name__)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(GridExecutor, "__call__", call)
+    return names
