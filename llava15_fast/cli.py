@@ -152,7 +152,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     print(answer.text)
     stderr.print(f"{len(answer.ids)} tokens in {answer.seconds:.2f} s, {'patched' if handle else 'not patched'}")
     if handle is not None:
-        stderr.print(handle.report())
+        print(handle.report(), file=sys.stderr)
     if arguments.compare:
         same = plain.ids == answer.ids
         stderr.print(f"unpatched: {plain.text!r} in {plain.seconds:.2f} s; token ids {'identical' if same else 'DIFFER'}")
@@ -187,7 +187,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         stdout.print(f"  unpatched  {before.text!r}  {before.seconds:.2f} s")
         stdout.print(f"  patched    {after.text!r}  {after.seconds:.2f} s")
         stdout.print(f"  token ids  {'identical' if identical else '[red]DIFFERENT[/red]'}")
-    stdout.print(handle.report())
+    print(handle.report())
     if arguments.backend == "auto" and model.device.type == "cpu" and not _interpreted():
         stdout.print("\nThe same through the Triton kernels, in Triton's interpreter:")
         sys.stdout.flush()

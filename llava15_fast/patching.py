@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,14 +18,13 @@ from io import StringIO
 from types import MethodType
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3RMSNorm
 
-from llava15_kernels._dispatch import FLOAT_DTYPES, Backend, check_backend, default_backend
+from llava15_kernels._dispatch import FLOAT_DTYPES, Backend, check_backend
 from llava15_kernels.flash_attn import MAX_HEAD_DIM
 
 from . import replacements
@@ -63,9 +63,9 @@ class Target:
 
 
 _LAYER = "language_model.layers.*"
+# post_attention_layernorm is not among them: it runs inside the layer's fused call.
 _NORMS = (
     f"{_LAYER}.input_layernorm",
-    f"{_LAYER}.post_attention_layernorm",
     f"{_LAYER}.self_attn.q_norm",
     f"{_LAYER}.self_attn.k_norm",
     "language_model.norm",
@@ -206,14 +206,16 @@ class ReportRow:
     fallbacks: dict[str, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """Which kernel ran for which module, and why the original ran instead. `print` shows it as a table."""
 
     rows: tuple[ReportRow, ...]
 
     def __rich__(self) -> Table:
-        table = Table("module", "kernel", "ran (calls)", "original ran instead (calls)", title="llava15_fast", show_lines=False)
+        table = Table(title="llava15_fast")
+        for heading in ("module", "kernel", "ran (calls)", "original ran instead (calls)"):
+            table.add_column(heading, overflow="fold")
         for row in self.rows:
             ran = [f"{backend} ({calls})" for backend, calls in row.ran.items()]
             fallbacks = [f"{reason} ({calls})" for reason, calls in row.fallbacks.items()]
@@ -222,9 +224,9 @@ class Report:
             table.add_row(name, "\n".join(row.kernels), "\n".join(ran) or nothing, "\n".join(fallbacks) or "-")
         return table
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         text = StringIO()
-        Console(file=text, width=140).print(self)
+        Console(file=text, width=shutil.get_terminal_size((140, 24)).columns).print(self)
         return text.getvalue().rstrip()
 
 
@@ -329,8 +331,3 @@ def _is_ours(value: Any) -> bool:
 
 def _sites(root: nn.Module) -> list[Site]:
     return [site for module in root.modules() for site in module.__dict__.get(SITES, {}).values()]
-
-
-def resolved_backend(model: nn.Module) -> str:
-    """What "auto" means for this model where it is now: "triton" or "torch"."""
-    return default_backend(next(model.parameters(), torch.empty(0)).device)

@@ -25,10 +25,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 
 ImageSource = str | PathLike | Image.Image | np.ndarray | torch.Tensor
 
-IMAGE_OPTIONS = frozenset(Qwen2VLImageProcessorKwargs.__annotations__) | {
-    "do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
-    "do_convert_rgb", "input_data_format",
-}  # fmt: skip
+IMAGE_OPTIONS = frozenset(Qwen2VLImageProcessorKwargs.__annotations__) - {"return_tensors"}
+"""Options of a call that go to the image processor; every other one goes to the tokenizer."""
 
 
 def read_image(source: ImageSource) -> Image.Image | np.ndarray | torch.Tensor:
@@ -134,8 +132,10 @@ class LlavaOnevision1_5Processor(ProcessorMixin):
         The processor class that the files name (the published ones name Qwen2.5-VL's) is not looked at.
         """
         pixels = {key: kwargs.pop(key) for key in ("min_pixels", "max_pixels") if key in kwargs}
+        # Options for choosing classes: here they are fixed.
+        for key in ("config", "trust_remote_code", "use_fast", "_from_auto"):
+            kwargs.pop(key, None)
         processor_dict, kwargs = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
-        kwargs.pop("_from_auto", None)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(pretrained_model_name_or_path, **kwargs)
         # The published files may leave this to the class, whose default is Qwen2-VL's 2.
         image_processor.temporal_patch_size = 1

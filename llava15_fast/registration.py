@@ -47,8 +47,6 @@ def _install_processor_lookup() -> None:
     @functools.wraps(original)
     def from_pretrained(pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         if _is_this_model(pretrained_model_name_or_path, kwargs):
-            for key in ("config", "trust_remote_code"):
-                kwargs.pop(key, None)
             return LlavaOnevision1_5Processor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return original(pretrained_model_name_or_path, **kwargs)
 

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from llava15_kernels import flash_attn_varlen_func, patch_merge, rms_norm, vision_rope_2d
-from llava15_kernels._dispatch import choose_backend, needs_grad
+from llava15_kernels._dispatch import choose_backend
 from llava15_kernels.vision_rope import apply_rope_tables, vision_rope_tables
 
 from .modeling import VisionLayout
@@ -54,7 +54,7 @@ class Site:
 
         `skipped` are the modules inside `module` whose `__call__` the fused code does not go through.
         """
-        if torch.is_grad_enabled() and needs_grad(x, *module.parameters()):
+        if records_gradient(module, x):
             return self.fall_back(GRADIENT)
         if any(has_user_hooks(child) for child in skipped):
             return self.fall_back(HOOKED)
@@ -72,8 +72,18 @@ def site_of(module: nn.Module, attribute: str = "forward") -> Site:
     return module.__dict__[SITES][attribute]
 
 
+def records_gradient(module: nn.Module, x: torch.Tensor) -> bool:
+    """Whether autograd would record this call. Parameters are only looked at while gradients are on."""
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))
+
+
 def has_user_hooks(module: nn.Module) -> bool:
-    """Whether someone listens to this module; transformers' own dormant recording hooks do not count."""
+    """Whether someone listens to this module, or accelerate brings its weights only when it is called.
+
+    transformers' own recording hooks do not count: they stay, dormant, once hidden states were asked for.
+    """
+    if hasattr(module, "_hf_hook"):
+        return True
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
 
@@ -208,7 +218,7 @@ class TextLayout:
         options: dict[str, Any],
     ) -> TextLayout | str:
         """The layout of a first forward, or the reason why transformers' own attention has to run."""
-        if torch.is_grad_enabled() and needs_grad(inputs_embeds, *module.parameters()):
+        if records_gradient(module, inputs_embeds):
             return GRADIENT
         if past_key_values is not None and past_key_values.get_seq_length() != 0:
             return "the cache is already filled (decoding)"
@@ -298,8 +308,9 @@ def text_attention_forward(
     if isinstance(layout, str):
         site.fall_back(layout)
         return type(module).forward(module, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
-    # The text model made sure that no gradient is needed; falling back is no longer possible, its mask is gone.
-    backend = site.start(module, hidden_states)
+    # The mask is gone, so the original cannot run any more. The text model found no gradient to compute; should one be
+    # needed here after all, the torch backend is differentiable.
+    backend = site.start(module, hidden_states) or "torch"
     batch, length, _ = hidden_states.shape
     shape = (batch, length, -1, module.head_dim)
     query = module.q_norm(module.q_proj(hidden_states).view(shape))

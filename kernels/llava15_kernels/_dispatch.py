@@ -22,6 +22,10 @@ logger = logging.getLogger("llava15_kernels")
 Backend = Literal["auto", "triton", "torch"]
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+LAUNCH_OPTIONS = {"enable_fp_fusion": True}
+"""Passed with every launch. Contracting a * b + c into one rounding is faster and closer to the reference; Triton's default
+for it changes between releases, so it is chosen here."""
+
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 """Whether this process runs Triton kernels in the interpreter; fixed when the kernels are imported."""
 
@@ -80,3 +84,9 @@ def _log_gradient(op: str) -> None:
 def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Makes the tensor's GPU the current one: Triton launches on the current device, whatever the tensors say."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """(..., N) -> (rows, N) with a contiguous last dimension; a view wherever the strides allow it."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()

@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._dispatch import INTERPRETED, Backend, choose_backend, device_guard
+from ._dispatch import INTERPRETED, LAUNCH_OPTIONS, Backend, choose_backend, device_guard
 
 MAX_HEAD_DIM = 256
 
@@ -193,7 +193,7 @@ def _(
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             # The interpreter has no working bfloat16 arithmetic.
             UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return out
 

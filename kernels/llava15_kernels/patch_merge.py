@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._dispatch import Backend, choose_backend, device_guard
+from ._dispatch import LAUNCH_OPTIONS, Backend, choose_backend, device_guard
 
 MAX_WIDTH = 16384
 
@@ -83,7 +83,7 @@ def _(
             x, weight.contiguous(), bias.contiguous(), out, cu_seqlens.contiguous(),
             x.stride(0), out.numel() // width, n_segments, eps,
             N=width, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_SEGMENTS=128,
-            num_warps=4 if block_n <= 4096 else 8,
+            num_warps=4 if block_n <= 4096 else 8, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return out
 

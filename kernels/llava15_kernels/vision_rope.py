@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._dispatch import Backend, choose_backend, device_guard
+from ._dispatch import LAUNCH_OPTIONS, Backend, choose_backend, device_guard
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def _(
             q, k, q_out, k_out, position_ids.contiguous(), inv_freq, class_pos_emb.contiguous(),
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), n_rows,
             HEADS=heads, HALF=head_dim // 2, BLOCK_S=block_s, BLOCK_H=block_h, BLOCK_D=block_d,
-            num_warps=4,
+            num_warps=4, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return q_out, k_out
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from llava15_kernels import rms_norm, rms_norm_ref
+from llava15_kernels import layer_norm, layer_norm_ref, rms_norm, rms_norm_ref
 from llava15_kernels.testing import assert_close
 
 DTYPES = [torch.float32, torch.float16]
@@ -102,3 +102,36 @@ def test_rms_norm_errors(device):
         rms_norm(x, weight.to("meta"), 1e-6)
     with pytest.raises(ValueError, match="'cuda'"):
         rms_norm(x, weight, 1e-6, backend="cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [64, 80, 1000, 1024, 8192])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_layer_norm(device, width, dtype, with_residual):
+    x, residual = torch.randn(2, 5, 3, width, device=device).to(dtype) * 2 + 1
+    residual = residual if with_residual else None
+    weight, bias = torch.randn(2, width, device=device).to(dtype)
+    ours = layer_norm(x, weight, bias, 1e-5, residual, backend="triton")
+    eager = layer_norm_ref(x, weight, bias, 1e-5, residual)
+    total = x if residual is None else x + residual
+    ref = layer_norm_ref(total.double(), weight.double(), bias.double(), 1e-5)
+    if with_residual:
+        assert torch.equal(ours[1], total)
+        ours, eager = ours[0], eager[0]
+    assert_close(ours, eager, ref, "layer_norm")
+
+
+def test_layer_norm_is_torchs(device):
+    module = torch.nn.LayerNorm(80, eps=1e-5, device=device, dtype=torch.float16)
+    x = torch.randn(30, 80, device=device).half()
+    with torch.no_grad():
+        ours = layer_norm(x, module.weight, module.bias, module.eps, backend="triton")
+        assert_close(ours, module(x), module.double()(x.double()), "layer_norm")
+
+
+def test_layer_norm_errors(device):
+    x, weight = torch.randn(3, 64, device=device), torch.ones(64, device=device)
+    with pytest.raises(ValueError, match=r"bias \(32,\)"):
+        layer_norm(x, weight, weight[:32], 1e-5)
+    with pytest.raises(ValueError, match=r"residual \(2, 64\)"):
+        layer_norm(x, weight, weight, 1e-5, x[:2])

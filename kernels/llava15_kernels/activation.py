@@ -1,0 +1,138 @@
+"""The activations of the two MLPs.
+
+    silu_and_mul:   y = silu(a) * b,  silu(a) = a / (1 + exp(-a)),     x = [a, b]          text (SwiGLU)
+    gelu:           y = t / 2 * (1 + erf(t / sqrt(2))),                t = x + bias        vision, the exact form
+
+silu(a) is rounded to the dtype of x before the product, as two eager calls round it.
+Shazeer, https://arxiv.org/abs/2002.05202; Hendrycks and Gimpel, https://arxiv.org/abs/1606.08415.
+
+    silu_and_mul    x (..., 2 N) -> (..., N)
+    gelu            x (..., N), bias (N,) or None -> (..., N)
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._dispatch import LAUNCH_OPTIONS, Backend, as_rows, choose_backend, device_guard
+
+BLOCK = 1024
+
+
+@triton.jit
+def _silu_and_mul_kernel(x_ptr, y_ptr, stride_x, n_columns, BLOCK_N: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = columns < n_columns
+    gate = tl.load(x_ptr + row * stride_x + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + row * stride_x + n_columns + columns, mask=mask, other=0.0).to(tl.float32)
+    activated = (gate / (1.0 + tl.exp(-gate))).to(x_ptr.dtype.element_ty)
+    tl.store(y_ptr + row * n_columns + columns, (activated.to(tl.float32) * up).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gelu_kernel(x_ptr, bias_ptr, y_ptr, stride_x, n_columns, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = columns < n_columns
+    t = tl.load(x_ptr + row * stride_x + columns, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        t += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    y = 0.5 * t * (1.0 + tl.erf(t * 0.7071067811865476))
+    tl.store(y_ptr + row * n_columns + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+torch.library.define("llava15::silu_and_mul", "(Tensor x) -> Tensor")
+torch.library.define("llava15::gelu", "(Tensor x, Tensor? bias) -> Tensor")
+
+
+@torch.library.impl("llava15::silu_and_mul", ("cpu", "cuda"))
+def _(x: torch.Tensor) -> torch.Tensor:
+    y = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=x.device)
+    if y.numel():
+        rows = as_rows(x)
+        with device_guard(x):
+            _silu_and_mul_kernel[(rows.shape[0], triton.cdiv(y.shape[-1], BLOCK))](
+                rows, y, rows.stride(0), y.shape[-1], BLOCK_N=BLOCK, num_warps=4, **LAUNCH_OPTIONS
+            )
+    return y
+
+
+@torch.library.impl("llava15::gelu", ("cpu", "cuda"))
+def _(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel():
+        rows = as_rows(x)
+        with device_guard(x):
+            _gelu_kernel[(rows.shape[0], triton.cdiv(y.shape[-1], BLOCK))](
+                rows, rows if bias is None else bias.contiguous(), y, rows.stride(0), y.shape[-1],
+                HAS_BIAS=bias is not None, BLOCK_N=BLOCK, num_warps=4, **LAUNCH_OPTIONS,
+            )  # fmt: skip
+    return y
+
+
+@torch.library.register_fake("llava15::silu_and_mul")
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=x.device)
+
+
+@torch.library.register_fake("llava15::gelu")
+def _(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def silu_and_mul(x: torch.Tensor, *, backend: Backend = "auto") -> torch.Tensor:
+    """silu of the first half of the last dimension, times the second half.
+
+    Args:
+        x: (..., 2 N) in float16, bfloat16 or float32, gate and up projection side by side.
+        backend: see `_dispatch`.
+
+    Returns:
+        (..., N) in the dtype of `x`.
+
+    Raises:
+        ValueError: an odd last dimension.
+        TypeError: an unsupported dtype.
+    """
+    if x.ndim == 0 or x.shape[-1] % 2 or x.shape[-1] == 0:
+        raise ValueError(f"silu_and_mul: x has shape {tuple(x.shape)}, expected (..., 2 N)")
+    if choose_backend("silu_and_mul", backend, x) == "torch":
+        return silu_and_mul_ref(x)
+    return torch.ops.llava15.silu_and_mul(x)
+
+
+def gelu(x: torch.Tensor, bias: torch.Tensor | None = None, *, backend: Backend = "auto") -> torch.Tensor:
+    """The exact GELU of `x`, or of `x + bias`.
+
+    Args:
+        x: (..., N) in float16, bfloat16 or float32.
+        bias: (N,) in the same dtype; if given, it is added first.
+        backend: see `_dispatch`.
+
+    Returns:
+        (..., N) in the dtype of `x`.
+
+    Raises:
+        ValueError: shapes that do not fit, or tensors on different devices.
+        TypeError: an unsupported dtype.
+    """
+    if x.ndim == 0 or x.shape[-1] == 0 or (bias is not None and (bias.shape != x.shape[-1:] or bias.dtype != x.dtype)):
+        described = None if bias is None else f"{bias.dtype} {tuple(bias.shape)}"
+        raise ValueError(f"gelu: x {x.dtype} {tuple(x.shape)} with bias {described}, expected (..., N) and (N,) of one dtype")
+    if choose_backend("gelu", backend, x, bias) == "torch":
+        return gelu_ref(x, bias)
+    return torch.ops.llava15.gelu(x, bias)
+
+
+def silu_and_mul_ref(x: torch.Tensor) -> torch.Tensor:
+    """The eager reference."""
+    gate, up = x.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def gelu_ref(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The eager reference."""
+    return torch.nn.functional.gelu(x if bias is None else x + bias)

@@ -1,0 +1,320 @@
+"""Attention of a few new queries over a filled cache, split over the cache so that one prompt fills the device.
+
+The cache of each prompt, from its left padding to its length, is cut into n_splits runs. Each program takes one run, one KV
+head and all its query heads together (they share the loads), and leaves a normalised partial result with its base-2
+log-sum-exp:
+
+    O_i = softmax over run i,   L_i = log2(sum over run i of 2^score)
+    O   = sum_i 2^(L_i - L) O_i,   L = log2(sum_i 2^L_i)
+
+Lengths are read on the device and cut there, so that a CUDA graph stays right while they grow; the grid depends on the capacity
+alone. Dao et al., https://pytorch.org/blog/flash-decoding.
+
+    q                   (B, L, heads, head_dim)
+    k_cache, v_cache    (B, capacity, kv_heads, head_dim)   any strides with a contiguous last dimension
+    cache_seqlens       (B,) int32    tokens in the cache, the L new ones included
+    cache_leftpad       (B,) int32    the first of them that counts
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from ._dispatch import INTERPRETED, LAUNCH_OPTIONS, Backend, choose_backend, device_guard
+from .flash_attn import MAX_HEAD_DIM, _attend
+
+MAX_ROWS = 128
+"""Queries times the query heads of a KV head: all of them are one tile."""
+
+
+@triton.jit
+def _split_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, seqlens_ptr, leftpad_ptr,
+    stride_qb, stride_ql, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    stride_os, stride_ls, n_queries, capacity, n_splits, softmax_scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(0)
+    kv_head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+
+    # Out-of-range lengths never lead outside the cache.
+    length = tl.minimum(tl.load(seqlens_ptr + batch), capacity)
+    first = tl.maximum(tl.load(leftpad_ptr + batch), 0)
+    run = tl.cdiv(tl.cdiv(tl.maximum(length - first, 0), n_splits), BLOCK_N) * BLOCK_N
+    start = first + split * run
+    end = tl.minimum(start + run, length)
+
+    rows = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    query = rows // GROUP
+    head = kv_head * GROUP + rows % GROUP
+    in_rows = query < n_queries
+    mask = in_rows[:, None] & (dims < HEAD_DIM)[None, :]
+    q_pointers = q_ptr + batch * stride_qb + query[:, None] * stride_ql + head[:, None] * stride_qh + dims[None, :]
+    q = tl.load(q_pointers, mask=mask, other=0.0)
+    if UPCAST:
+        q = q.to(tl.float32)
+    # Some compilers pass Python floats as float64. The factor is log2(e).
+    scale = tl.cast(softmax_scale, tl.float32) * 1.4426950408889634
+    k_ptr += batch * stride_kb + kv_head * stride_kh
+    v_ptr += batch * stride_vb + kv_head * stride_vh
+
+    diagonal = length - n_queries
+    unmasked = end - start
+    if CAUSAL:
+        unmasked = tl.minimum(end, diagonal + 1) - start
+    unmasked_end = start + tl.maximum(unmasked, 0) // BLOCK_N * BLOCK_N
+    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    running_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    running_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    acc, running_sum, running_max = _attend(
+        acc, running_sum, running_max, q, k_ptr, v_ptr, stride_ks, stride_vs, start, unmasked_end, end, diagonal, query, scale,
+        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, False, PRECISION, UPCAST,
+    )  # fmt: skip
+    acc, running_sum, running_max = _attend(
+        acc, running_sum, running_max, q, k_ptr, v_ptr, stride_ks, stride_vs, unmasked_end, end, end, diagonal, query, scale,
+        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, True, PRECISION, UPCAST,
+    )  # fmt: skip
+
+    divisor = tl.where(running_sum == 0.0, 1.0, running_sum)
+    out = acc / divisor[:, None]
+    lse = running_max + tl.log2(divisor)
+    row = (batch * n_queries + query) * HEADS + head
+    out_pointers = out_ptr + split.to(tl.int64) * stride_os + row[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(out_pointers, out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(lse_ptr + split.to(tl.int64) * stride_ls + row, lse, mask=in_rows)
+
+
+@triton.jit
+def _combine_kernel(
+    partial_ptr, lse_ptr, out_ptr, stride_ps, stride_ls, n_splits,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    splits = tl.arange(0, BLOCK_SPLITS)
+    dims = tl.arange(0, BLOCK_D)
+    lse = tl.load(lse_ptr + splits.to(tl.int64) * stride_ls + row, mask=splits < n_splits, other=float("-inf"))
+    largest = tl.max(lse, axis=0)
+    # A row that saw no key has nothing but -inf; 0 in its place avoids (-inf) - (-inf), and its output is 0.
+    weights = tl.exp2(lse - tl.where(largest == float("-inf"), 0.0, largest))
+    total = tl.sum(weights, axis=0)
+    mask = (splits < n_splits)[:, None] & (dims < HEAD_DIM)[None, :]
+    pointers = partial_ptr + splits.to(tl.int64)[:, None] * stride_ps + row * HEAD_DIM + dims[None, :]
+    partial = tl.load(pointers, mask=mask, other=0.0)
+    out = tl.sum(partial * weights[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + row * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; four in the interpreter, so that splits are tested there."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def choose_splits(batch: int, kv_heads: int, capacity: int, block_n: int, processors: int) -> int:
+    """Runs per prompt: enough programs for every multiprocessor twice over, never runs below one tile."""
+    wanted = triton.cdiv(2 * processors, batch * kv_heads)
+    return max(1, min(wanted, triton.cdiv(capacity, block_n), 128))
+
+
+torch.library.define(
+    "llava15::flash_decode",
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor cache_leftpad, float softmax_scale, bool causal, "
+    "int num_splits) -> Tensor",
+)
+
+
+@torch.library.impl("llava15::flash_decode", ("cpu", "cuda"))
+def _(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cache_leftpad: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+    num_splits: int,
+) -> torch.Tensor:
+    batch, n_queries, heads, head_dim = q.shape
+    capacity, kv_heads = k_cache.shape[1:3]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    group = heads // kv_heads
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_m = max(16, triton.next_power_of_2(n_queries * group))
+    block_n = 32 if q.dtype == torch.float32 or block_d > 128 else 64
+    splits = num_splits or choose_splits(batch, kv_heads, capacity, block_n, _processors(q.device))
+    rows = batch * n_queries * heads
+    lse = torch.empty((splits, rows), dtype=torch.float32, device=q.device)
+    partial = out if splits == 1 else torch.empty((splits, rows, head_dim), dtype=torch.float32, device=q.device)
+    with device_guard(q):
+        _split_kernel[(splits, kv_heads, batch)](
+            q, k_cache, v_cache, partial, lse, cache_seqlens, cache_leftpad,
+            *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
+            rows * head_dim, rows, n_queries, capacity, splits, softmax_scale,
+            HEADS=heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=causal,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
+            num_warps=4, num_stages=1 if q.dtype == torch.float32 else 3, **LAUNCH_OPTIONS,
+        )  # fmt: skip
+        if splits > 1:
+            _combine_kernel[(rows,)](
+                partial, lse, out, rows * head_dim, rows, splits,
+                HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SPLITS=triton.next_power_of_2(splits),
+                num_warps=4, **LAUNCH_OPTIONS,
+            )  # fmt: skip
+    return out
+
+
+@torch.library.register_fake("llava15::flash_decode")
+def _(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cache_leftpad: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+    num_splits: int,
+) -> torch.Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    cache_seqlens: torch.Tensor | int | None = None,
+    cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: torch.Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+    *,
+    backend: Backend = "auto",
+) -> torch.Tensor:
+    """Attention over a cache, with flash-attn's signature. New keys and values are in the cache already (`qk_norm_rope`).
+
+    Args:
+        q: (B, L, heads, head_dim), float16, bfloat16 or float32, head_dim up to 256; L * heads / kv_heads up to 128.
+        k_cache, v_cache: (B, capacity, kv_heads, head_dim), heads a multiple of kv_heads.
+        cache_seqlens: (B,) int32 on the device, or a number: tokens of the cache that count. By default all.
+        cache_leftpad: (B,) int32 on the device: the first token that counts. By default 0.
+        softmax_scale: by default 1 / sqrt(head_dim).
+        causal: aligned to the last query and key.
+        num_splits: runs that the cache is cut into; 0 chooses by the device and the capacity.
+        rotary_interleaved: without meaning here.
+        backend: see `_dispatch`.
+
+    Returns:
+        (B, L, heads, head_dim) in the dtype of `q`; 0 for a query that sees no key.
+
+    Raises:
+        NotImplementedError: appending, rotary, paging, a window, softcap, alibi or the log-sum-exp is asked for.
+        ValueError: shapes that do not fit, or tensors on different devices.
+        TypeError: an unsupported dtype.
+    """
+    for name, value, default in (
+        ("k", k, None),
+        ("v", v, None),
+        ("rotary_cos", rotary_cos, None),
+        ("rotary_sin", rotary_sin, None),
+        ("cache_batch_idx", cache_batch_idx, None),
+        ("block_table", block_table, None),
+        ("window_size", tuple(window_size), (-1, -1)),
+        ("softcap", softcap, 0.0),
+        ("alibi_slopes", alibi_slopes, None),
+        ("return_softmax_lse", return_softmax_lse, False),
+    ):
+        if value is not default and (isinstance(value, torch.Tensor) or value != default):
+            raise NotImplementedError(f"flash_attn_with_kvcache: {name} is not supported, expected {default!r}")
+    batch, capacity = _check(q, k_cache, v_cache)
+    if cache_seqlens is None:
+        cache_seqlens = capacity
+    if isinstance(cache_seqlens, int):
+        if not 0 <= cache_seqlens <= capacity:
+            raise ValueError(f"flash_attn_with_kvcache: cache_seqlens {cache_seqlens}, expected 0 to the capacity {capacity}")
+        cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
+    if cache_leftpad is None:
+        cache_leftpad = torch.zeros(batch, dtype=torch.int32, device=q.device)
+    for name, tensor in (("cache_seqlens", cache_seqlens), ("cache_leftpad", cache_leftpad)):
+        if tensor.shape != (batch,) or tensor.dtype != torch.int32 or tensor.device != q.device:
+            raise ValueError(
+                f"flash_attn_with_kvcache: {name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, expected int32 "
+                f"({batch},) on {q.device}"
+            )
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5
+    arguments = (q, k_cache, v_cache, cache_seqlens, cache_leftpad, softmax_scale, causal)
+    if choose_backend("flash_attn_with_kvcache", backend, q, k_cache, v_cache) == "torch":
+        return flash_attn_with_kvcache_ref(*arguments)
+    return torch.ops.llava15.flash_decode(*arguments, num_splits)
+
+
+def _check(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> tuple[int, int]:
+    op = "flash_attn_with_kvcache"
+    if (
+        q.ndim != 4
+        or k_cache.ndim != 4
+        or k_cache.shape != v_cache.shape
+        or q.shape[0] != k_cache.shape[0]
+        or q.shape[-1] != k_cache.shape[-1]
+        or q.shape[2] % max(k_cache.shape[2], 1)
+    ):
+        raise ValueError(
+            f"{op}: q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}, expected (B, L, heads, "
+            "head_dim) and twice (B, capacity, kv_heads, head_dim), heads a multiple of kv_heads"
+        )
+    batch, length, heads, head_dim = q.shape
+    if not 0 < head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"{op}: head_dim {head_dim} is not supported, expected 1 to {MAX_HEAD_DIM}")
+    if (rows := length * heads // k_cache.shape[2]) > MAX_ROWS:
+        raise ValueError(f"{op}: {length} queries of {rows // length} heads per KV head, expected at most {MAX_ROWS} together")
+    if not q.dtype == k_cache.dtype == v_cache.dtype:
+        raise TypeError(f"{op}: q, k_cache, v_cache are {q.dtype}, {k_cache.dtype}, {v_cache.dtype}, expected one dtype")
+    if k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1:
+        raise ValueError(f"{op}: the caches need a contiguous last dimension")
+    return batch, k_cache.shape[1]
+
+
+def flash_attn_with_kvcache_ref(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cache_leftpad: torch.Tensor,
+    softmax_scale: float,
+    causal: bool = False,
+) -> torch.Tensor:
+    """The eager reference: the formula with a mask, in the dtype of the inputs."""
+    group = q.shape[2] // k_cache.shape[2]
+    k, v = (x.repeat_interleave(group, dim=2).transpose(1, 2) for x in (k_cache, v_cache))
+    slots = torch.arange(k_cache.shape[1], device=q.device)
+    last = cache_seqlens[:, None].long() - 1
+    if causal:
+        last = last - torch.arange(q.shape[1] - 1, -1, -1, device=q.device)
+    seen = (slots <= last[..., None]) & (slots >= cache_leftpad[:, None, None])
+    scores = (q.transpose(1, 2) @ k.transpose(2, 3) * softmax_scale).masked_fill(~seen[:, None], float("-inf"))
+    # A row without a visible key is 0/0 here; its output is 0. What lies outside the counted slots may be anything.
+    weights = scores.softmax(-1).nan_to_num(0.0)
+    counted = seen.any(1)[:, None, :, None]
+    return (weights @ torch.where(counted, v, 0.0)).transpose(1, 2).contiguous()

@@ -1,0 +1,355 @@
+"""The text model's queries and keys in one launch: RMSNorm per head, rotary embedding, keys and values into the cache.
+
+    n = rms_norm(x) per head                                            with the two roundings of `rms_norm`
+    angle_i = position * inv_freq_i,  i < half,  half = head_dim / 2    in float32
+    y[: half] = (n[: half] * cos(angle) - n[half :] * sin(angle)) * scaling
+    y[half :] = (n[half :] * cos(angle) + n[: half] * sin(angle)) * scaling
+
+With a cache, token l of prompt b is written to slot cache_seqlens[b] + l; the lengths are read on the device, so that a CUDA
+graph stays right while they grow. A slot beyond the cache is not written.
+Su et al., https://arxiv.org/abs/2104.09864; per-head norms as in Qwen3, https://arxiv.org/abs/2505.09388.
+
+    q               (B, L, heads, head_dim)         any strides with a contiguous last dimension, e.g. views of a packed qkv
+    k, v            (B, L, kv_heads, head_dim)
+    position_ids    (B, L) or (1, L) integers
+    inv_freq        (head_dim / 2,) float32
+    k_cache, v_cache (B, capacity, kv_heads, head_dim), cache_seqlens (B,) int32
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._dispatch import LAUNCH_OPTIONS, Backend, choose_backend, device_guard
+from .norms import rms_norm_ref
+
+MAX_HEAD_DIM = 256
+
+
+@triton.jit
+def _norm_rotate_store(
+    x_ptr, weight_ptr, y_ptr, heads, pairs, cos, sin, eps, stride_xh, stride_yh, writable,
+    HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    dtype = x_ptr.dtype.element_ty
+    pair_mask = (pairs < HALF)[None, :]
+    mask = (heads < HEADS)[:, None] & pair_mask
+    x_pointers = x_ptr + heads[:, None] * stride_xh + pairs[None, :]
+    first = tl.load(x_pointers, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(x_pointers + HALF, mask=mask, other=0.0).to(tl.float32)
+    weight_pointers = weight_ptr + pairs[None, :]
+    first_weight = tl.load(weight_pointers, mask=pair_mask, other=0.0).to(tl.float32)
+    second_weight = tl.load(weight_pointers + HALF, mask=pair_mask, other=0.0).to(tl.float32)
+
+    mean_square = tl.sum(first * first + second * second, axis=1, keep_dims=True) / (2 * HALF)
+    inverse = tl.rsqrt(mean_square + tl.cast(eps, tl.float32))
+    first = ((first * inverse).to(dtype).to(tl.float32) * first_weight).to(dtype).to(tl.float32)
+    second = ((second * inverse).to(dtype).to(tl.float32) * second_weight).to(dtype).to(tl.float32)
+
+    y_pointers = y_ptr + heads[:, None] * stride_yh + pairs[None, :]
+    tl.store(y_pointers, (first * cos - second * sin).to(y_ptr.dtype.element_ty), mask=mask & writable[:, None])
+    tl.store(y_pointers + HALF, (second * cos + first * sin).to(y_ptr.dtype.element_ty), mask=mask & writable[:, None])
+
+
+@triton.jit
+def _qk_norm_rope_kernel(
+    q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, position_ptr, inv_freq_ptr, seqlens_ptr,
+    q_out_ptr, k_out_ptr, v_out_ptr,
+    stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
+    stride_kob, stride_kot, stride_koh, stride_vob, stride_vot, stride_voh, stride_pb,
+    length, capacity, eps, scaling,
+    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, HAS_CACHE: tl.constexpr,
+):  # fmt: skip
+    # int64 before the first multiplication with a stride.
+    token = tl.program_id(0).to(tl.int64)
+    batch = token // length
+    position_in_row = token % length
+    group = tl.program_id(1)
+    Q_GROUPS: tl.constexpr = (Q_HEADS + BLOCK_H - 1) // BLOCK_H
+    KV_GROUPS: tl.constexpr = (KV_HEADS + BLOCK_H - 1) // BLOCK_H
+    pairs = tl.arange(0, BLOCK_D)
+
+    slot = position_in_row
+    if HAS_CACHE:
+        slot += tl.load(seqlens_ptr + batch)
+    # One flag per head of the group, so that it combines with the masks as a block.
+    slots = slot + tl.zeros((BLOCK_H,), dtype=tl.int64)
+    writable = (slots >= 0) & (slots < capacity)
+
+    if group < Q_GROUPS + KV_GROUPS:
+        position = tl.load(position_ptr + batch * stride_pb + position_in_row).to(tl.float32)
+        angle = position * tl.load(inv_freq_ptr + pairs, mask=pairs < HALF, other=0.0)
+        cos = (tl.cos(angle) * tl.cast(scaling, tl.float32))[None, :]
+        sin = (tl.sin(angle) * tl.cast(scaling, tl.float32))[None, :]
+        if group < Q_GROUPS:
+            heads = group * BLOCK_H + tl.arange(0, BLOCK_H)
+            _norm_rotate_store(
+                q_ptr + batch * stride_qb + position_in_row * stride_ql, q_weight_ptr,
+                q_out_ptr + token * (Q_HEADS * 2 * HALF), heads, pairs, cos, sin, eps, stride_qh, 2 * HALF, heads >= 0,
+                Q_HEADS, HALF,
+            )  # fmt: skip
+        else:
+            heads = (group - Q_GROUPS) * BLOCK_H + tl.arange(0, BLOCK_H)
+            _norm_rotate_store(
+                k_ptr + batch * stride_kb + position_in_row * stride_kl, k_weight_ptr,
+                k_out_ptr + batch * stride_kob + slot * stride_kot, heads, pairs, cos, sin, eps, stride_kh, stride_koh,
+                writable, KV_HEADS, HALF,
+            )  # fmt: skip
+    else:
+        heads = (group - Q_GROUPS - KV_GROUPS) * BLOCK_H + tl.arange(0, BLOCK_H)
+        dims = tl.arange(0, 2 * BLOCK_D)
+        mask = (heads < KV_HEADS)[:, None] & (dims < 2 * HALF)[None, :] & writable[:, None]
+        source = v_ptr + batch * stride_vb + position_in_row * stride_vl + heads[:, None] * stride_vh + dims[None, :]
+        target = v_out_ptr + batch * stride_vob + slot * stride_vot + heads[:, None] * stride_voh + dims[None, :]
+        tl.store(target, tl.load(source, mask=mask, other=0.0).to(v_out_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    position_ids: torch.Tensor,
+    inv_freq: torch.Tensor,
+    scaling: float,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor | None,
+    cache_seqlens: torch.Tensor | None,
+) -> torch.Tensor:
+    batch, length, q_heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if q.numel() == 0:
+        return q_out
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    has_cache = v is not None
+    v = k if v is None else v if v.stride(-1) == 1 else v.contiguous()
+    v_out = k_out if v_out is None else v_out
+    block_h = min(8, triton.next_power_of_2(kv_heads))
+    groups = triton.cdiv(q_heads, block_h) + (2 if has_cache else 1) * triton.cdiv(kv_heads, block_h)
+    with device_guard(q):
+        _qk_norm_rope_kernel[(batch * length, groups)](
+            q, k, v, q_weight.contiguous(), k_weight.contiguous(), position_ids, inv_freq,
+            position_ids if cache_seqlens is None else cache_seqlens, q_out, k_out, v_out,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_out.stride()[:3], *v_out.stride()[:3],
+            position_ids.stride(0) if position_ids.shape[0] > 1 else 0,
+            length, k_out.shape[1], eps, scaling,
+            Q_HEADS=q_heads, KV_HEADS=kv_heads, HALF=head_dim // 2, BLOCK_H=block_h,
+            BLOCK_D=triton.next_power_of_2(head_dim // 2), HAS_CACHE=has_cache,
+            num_warps=4 if block_h * head_dim >= 1024 else 2, **LAUNCH_OPTIONS,
+        )  # fmt: skip
+    return q_out
+
+
+_INPUTS = "Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, float eps, Tensor position_ids, Tensor inv_freq, float scaling"
+torch.library.define("llava15::qk_norm_rope", f"({_INPUTS}) -> (Tensor, Tensor)")
+torch.library.define(
+    "llava15::qk_norm_rope_into_cache",
+    f"({_INPUTS}, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens) -> Tensor",
+)
+
+
+@torch.library.impl("llava15::qk_norm_rope", ("cpu", "cuda"))
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    position_ids: torch.Tensor,
+    inv_freq: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    q_out = _launch(q, k, None, q_weight, k_weight, eps, position_ids, inv_freq, scaling, k_out, None, None)
+    return q_out, k_out
+
+
+@torch.library.impl("llava15::qk_norm_rope_into_cache", ("cpu", "cuda"))
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    position_ids: torch.Tensor,
+    inv_freq: torch.Tensor,
+    scaling: float,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+) -> torch.Tensor:
+    return _launch(
+        q, k, v, q_weight, k_weight, eps, position_ids, inv_freq, scaling, k_cache, v_cache, cache_seqlens
+    )  # fmt: skip
+
+
+@torch.library.register_fake("llava15::qk_norm_rope")
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    position_ids: torch.Tensor,
+    inv_freq: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+
+
+@torch.library.register_fake("llava15::qk_norm_rope_into_cache")
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    position_ids: torch.Tensor,
+    inv_freq: torch.Tensor,
+    scaling: float,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+) -> torch.Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def qk_norm_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    position_ids: torch.Tensor,
+    inv_freq: torch.Tensor,
+    *,
+    attention_scaling: float = 1.0,
+    v: torch.Tensor | None = None,
+    k_cache: torch.Tensor | None = None,
+    v_cache: torch.Tensor | None = None,
+    cache_seqlens: torch.Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
+    """Normalised and rotated queries and keys; with a cache, keys and values are written into it.
+
+    Args:
+        q: (B, L, heads, head_dim), head_dim even and up to 256, in float16, bfloat16 or float32.
+        k: (B, L, kv_heads, head_dim).
+        q_weight, k_weight: (head_dim,) of the per-head norms.
+        eps: added to the mean squares.
+        position_ids: (B, L) or (1, L) integers.
+        inv_freq: (head_dim / 2,) float32.
+        attention_scaling: factor on cos and sin, as some rotary variants have it.
+        v: as `k`; together with the next three.
+        k_cache, v_cache: (B, capacity, kv_heads, head_dim), written in place.
+        cache_seqlens: (B,) int32, the tokens that are in the cache already.
+        backend: see `_dispatch`.
+
+    Returns:
+        (q, k), contiguous; with a cache q alone.
+
+    Raises:
+        ValueError: shapes that do not fit, a part of the cache arguments without the others, or tensors on different devices.
+        TypeError: an unsupported dtype.
+    """
+    cache = (v, k_cache, v_cache, cache_seqlens)
+    _check(q, k, q_weight, k_weight, position_ids, inv_freq, cache)
+    chosen = choose_backend("qk_norm_rope", backend, q, k, q_weight, k_weight, inv_freq, v, k_cache, v_cache)
+    if v is None:
+        if chosen == "torch":
+            return qk_norm_rope_ref(q, k, q_weight, k_weight, eps, position_ids, inv_freq, attention_scaling)
+        return torch.ops.llava15.qk_norm_rope(q, k, q_weight, k_weight, eps, position_ids, inv_freq, attention_scaling)
+    if chosen == "torch":
+        q, k = qk_norm_rope_ref(q, k, q_weight, k_weight, eps, position_ids, inv_freq, attention_scaling)
+        rows = torch.arange(q.shape[0], device=q.device)[:, None]
+        slots = cache_seqlens[:, None].long() + torch.arange(q.shape[1], device=q.device)
+        k_cache[rows, slots], v_cache[rows, slots] = k, v
+        return q
+    return torch.ops.llava15.qk_norm_rope_into_cache(
+        q, k, q_weight, k_weight, eps, position_ids, inv_freq, attention_scaling, *cache
+    )
+
+
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    position_ids: torch.Tensor,
+    inv_freq: torch.Tensor,
+    cache: tuple[torch.Tensor | None, ...],
+) -> None:
+    op = "qk_norm_rope"
+    if q.ndim != 4 or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f"{op}: q {tuple(q.shape)}, k {tuple(k.shape)}, expected (B, L, heads, head_dim) and (B, L, kv_heads, head_dim)"
+        )
+    batch, length, _, head_dim = q.shape
+    if head_dim % 2 or not 0 < head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"{op}: head_dim {head_dim} is not supported, expected an even number up to {MAX_HEAD_DIM}")
+    if q.dtype != k.dtype:
+        raise TypeError(f"{op}: q is {q.dtype}, k is {k.dtype}, expected one dtype")
+    expected = {
+        "q_weight": (q_weight, (head_dim,)),
+        "k_weight": (k_weight, (head_dim,)),
+        "inv_freq": (inv_freq, (head_dim // 2,)),
+        "position_ids": (position_ids, (position_ids.shape[0], length)),
+    }
+    if any(part is not None for part in cache):
+        v, k_cache, v_cache, cache_seqlens = cache
+        if any(part is None for part in cache):
+            raise ValueError(f"{op}: v, k_cache, v_cache and cache_seqlens belong together, expected all or none")
+        capacity = k_cache.shape[1] if k_cache.ndim == 4 else 0
+        expected |= {
+            "v": (v, tuple(k.shape)),
+            "k_cache": (k_cache, (batch, capacity, k.shape[2], head_dim)),
+            "v_cache": (v_cache, (batch, capacity, k.shape[2], head_dim)),
+            "cache_seqlens": (cache_seqlens, (batch,)),
+        }
+        if cache_seqlens.dtype != torch.int32 or cache_seqlens.device != q.device:
+            raise ValueError(
+                f"{op}: cache_seqlens is {cache_seqlens.dtype} on {cache_seqlens.device}, expected int32 on {q.device}"
+            )
+        for name, tensor in (("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
+            if tensor.dtype != q.dtype:
+                raise TypeError(f"{op}: {name} is {tensor.dtype}, expected {q.dtype} like q")
+        if k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1:
+            raise ValueError(f"{op}: the caches need a contiguous last dimension")
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+    if position_ids.shape[0] not in (1, batch) or position_ids.is_floating_point() or position_ids.device != q.device:
+        raise ValueError(
+            f"{op}: position_ids is {position_ids.dtype} {tuple(position_ids.shape)} on {position_ids.device}, expected "
+            f"integers ({batch} or 1, {length}) on {q.device}"
+        )
+
+
+def qk_norm_rope_ref(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    position_ids: torch.Tensor,
+    inv_freq: torch.Tensor,
+    attention_scaling: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The eager reference, without a cache. With float64 inputs it computes in float64."""
+    wide = torch.promote_types(inv_freq.dtype, torch.float32)
+    angles = (position_ids[..., None].to(wide) * inv_freq.to(wide))[:, :, None]
+    cos, sin = angles.cos() * attention_scaling, angles.sin() * attention_scaling
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.to(wide).chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+    return rotate(rms_norm_ref(q, q_weight, eps)), rotate(rms_norm_ref(k, k_weight, eps))

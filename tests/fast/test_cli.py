@@ -1,0 +1,83 @@
+"""The command line as a user meets it: answers on stdout, one line and status 2 for a mistake."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+CHECKPOINT = ROOT / "assets/scenes_checkpoint"
+SAMPLE = sorted((ROOT / "assets/samples").glob("*.png"))[0]
+ASK = ["generate", "--model", str(CHECKPOINT), "--prompt", "Describe this image.", "--max-new-tokens", "24"]
+
+
+def run(*arguments, cwd, interpret=False):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'kernels'}"
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    return subprocess.run(
+        [sys.executable, "-m", "llava15_fast", *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+def fails(*arguments, cwd, match):
+    result = run(*arguments, cwd=cwd)
+    assert result.returncode == 2, result
+    assert result.stdout == "" and len(result.stderr.splitlines()) == 1, result.stderr
+    assert match in result.stderr
+
+
+def test_demo_compares_and_interprets(tmp_path):
+    result = run("demo", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    samples = len(list((ROOT / "assets/samples").glob("*.png")))
+    assert result.stdout.count("identical") == samples + 1 and "DIFFERENT" not in result.stdout
+    assert str(SAMPLE) in result.stdout
+    assert "torch (" in result.stdout and "triton (" in result.stdout
+
+
+def test_generate_answers_on_stdout(tmp_path):
+    answers = {run(*ASK, "--image", str(SAMPLE), *extra, cwd=tmp_path).stdout for extra in ([], ["--no-patch"])}
+    assert len(answers) == 1 and len(answers.pop().splitlines()) == 1
+
+
+def test_generate_compares(tmp_path):
+    result = run(*ASK, "--image", str(SAMPLE), "--image", str(SAMPLE), "--compare", cwd=tmp_path)
+    assert result.returncode == 0 and "token ids identical" in result.stderr and "rms_norm" in result.stderr
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16", "1"])
+def test_generate_takes_any_image_pillow_opens(tmp_path, mode):
+    image = Image.new("RGB", (300, 200), (200, 30, 30))
+    image = Image.new("I;16", (300, 200), 40000) if mode == "I;16" else image.convert(mode)
+    path = tmp_path / f"picture.{'tiff' if mode in ('CMYK', 'I;16') else 'png'}"
+    image.save(path)
+    result = run(*ASK, "--image", path.name, cwd=tmp_path)
+    assert result.returncode == 0 and result.stdout.strip(), result.stderr
+
+
+def test_mistakes_are_one_line(tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    data = SAMPLE.read_bytes()
+    (tmp_path / "half.png").write_bytes(data[: len(data) // 2])
+    fails(cwd=tmp_path, match="required")
+    fails("dance", cwd=tmp_path, match="dance")
+    fails(*ASK, "--image", "nowhere.png", cwd=tmp_path, match="no image file 'nowhere.png'")
+    fails(*ASK, "--image", "text.png", cwd=tmp_path, match="cannot read image 'text.png'")
+    fails(*ASK, "--image", "half.png", cwd=tmp_path, match="cannot read image 'half.png'")
+    fails(*ASK, "--max-new-tokens", "0", cwd=tmp_path, match="'0' is not a positive whole number")
+    fails(*ASK, "--backend", "triton", cwd=tmp_path, match="TRITON_INTERPRET=1")
+    fails("generate", "--model", "./nowhere", "--prompt", "x", cwd=tmp_path, match="'./nowhere'")
+    fails("generate", "--model", str(tmp_path), "--prompt", "x", cwd=tmp_path, match="config.json")
+
+
+def test_a_corrupt_checkpoint_is_one_line(tmp_path):
+    for file in CHECKPOINT.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    fails("generate", "--model", str(tmp_path), "--prompt", "x", cwd=tmp_path, match="model.safetensors is not a complete")

@@ -1,0 +1,403 @@
+"""patch, unpatch, patched, report: one instance, checked, reversible."""
+
+import copy
+import functools
+import inspect
+import logging
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import llava15_fast
+from llava15_fast import PatchError
+from llava15_fast import patching as patching_module
+from llava15_fast.patching import TARGETS, Target
+
+ROOT = Path(__file__).parents[2]
+BACKENDS = ["torch", "triton"]
+
+
+@pytest.fixture
+def inputs(golden):
+    return golden["two_images"][0]
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def instance_attributes(model):
+    """Every non-module attribute that lies on an instance, by path: what a patch could leave behind."""
+    return {
+        (path, name): value
+        for path, module in model.named_modules()
+        for name, value in module.__dict__.items()
+        if callable(value) or name.startswith("_llava15") or name == "_old_forward"
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unpatch_leaves_no_trace(tiny, inputs, backend):
+    before = logits(tiny, inputs)
+    attributes = instance_attributes(tiny)
+    weights = {name: value.clone() for name, value in tiny.state_dict().items()}
+    forwards = {path: module.forward.__func__ for path, module in tiny.named_modules() if hasattr(module.forward, "__func__")}
+    llava15_fast.patch(tiny, backend)
+    assert instance_attributes(tiny) != attributes
+    llava15_fast.unpatch(tiny)
+    assert instance_attributes(tiny) == attributes
+    assert {p: m.forward.__func__ for p, m in tiny.named_modules() if hasattr(m.forward, "__func__")} == forwards
+    after = tiny.state_dict()
+    assert weights.keys() == after.keys() and all(torch.equal(weights[name], after[name]) for name in weights)
+    assert torch.equal(logits(tiny, inputs), before)
+    llava15_fast.unpatch(tiny)  # nothing to undo is no error
+
+
+def test_only_this_instance_is_patched(tiny, inputs):
+    other = copy.deepcopy(tiny)
+    shared = type(tiny)(tiny.config).to(tiny.device)
+    classes = {type(module): type(module).forward for module in tiny.modules()}
+    llava15_fast.patch(tiny, "torch")
+    assert not instance_attributes(other).keys() & {(p, n) for p, n in instance_attributes(tiny) if n.startswith("_llava15")}
+    assert all("forward" not in module.__dict__ for model in (other, shared) for module in model.modules())
+    assert all(cls.forward is forward for cls, forward in classes.items())
+
+
+def test_patching_twice_changes_nothing(tiny, inputs):
+    llava15_fast.patch(tiny, "torch")
+    attributes = instance_attributes(tiny)
+    handle = llava15_fast.patch(tiny, "torch")
+    assert instance_attributes(tiny) == attributes
+    llava15_fast.patch(tiny, "triton")
+    assert {row.backend for row in handle.report().rows} == {"triton"}
+    llava15_fast.unpatch(tiny)
+    assert handle.report().rows == ()
+
+
+def test_patched_is_undone_after_an_exception(tiny, inputs):
+    before, attributes = logits(tiny, inputs), instance_attributes(tiny)
+    with pytest.raises(ZeroDivisionError), llava15_fast.patched(tiny, "torch") as handle:
+        logits(tiny, inputs)
+        assert handle.report().rows
+        raise ZeroDivisionError
+    assert instance_attributes(tiny) == attributes and torch.equal(logits(tiny, inputs), before)
+
+
+def test_patched_keeps_an_earlier_patch(tiny):
+    handle = llava15_fast.patch(tiny, "torch")
+    with llava15_fast.patched(tiny, "triton"):
+        assert {row.backend for row in handle.report().rows} == {"triton"}
+    assert {row.backend for row in handle.report().rows} == {"torch"}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_a_copy_computes_with_its_own_weights(tiny, inputs, backend, clone):
+    llava15_fast.patch(tiny, backend)
+    expected = logits(tiny, inputs)
+    twin = clone(tiny)
+    with torch.no_grad():
+        for parameter in tiny.parameters():
+            parameter.zero_()
+    assert torch.equal(logits(twin, inputs), expected)
+    assert not torch.equal(logits(tiny, inputs), expected)
+    # Patched they are both, each by itself.
+    llava15_fast.unpatch(tiny)
+    assert all("forward" not in module.__dict__ for module in tiny.modules())
+    assert any("forward" in module.__dict__ for module in twin.modules())
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_gradients_the_kernels_run(tiny, inputs, backend, context):
+    handle = llava15_fast.patch(tiny, backend)
+    with context():
+        tiny(**inputs)
+    for row in handle.report().rows:
+        assert set(row.ran) == {backend} and not row.fallbacks, row
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_with_gradients_the_original_runs_and_the_report_says_so(tiny, inputs, backend):
+    tiny(**inputs).loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in tiny.named_parameters()}
+    tiny.zero_grad()
+    handle = llava15_fast.patch(tiny, backend)
+    tiny(**inputs).loss.backward()
+    for name, parameter in tiny.named_parameters():
+        assert torch.equal(parameter.grad, expected[name]), name
+    for row in handle.report().rows:
+        assert not row.ran and set(row.fallbacks) == {"a gradient is needed"}, row
+    assert "a gradient is needed" in str(handle.report())
+
+
+def test_gradient_of_the_class_angles_alone(tiny, inputs):
+    """The rotary tables are made before the blocks; a gradient that only they need must not be lost."""
+    tiny.requires_grad_(False)
+    tiny.model.visual.class_pos_emb.requires_grad_(True)
+    llava15_fast.patch(tiny, "triton")
+    tiny(**inputs).loss.backward()
+    assert tiny.model.visual.class_pos_emb.grad.norm() > 0
+
+
+def test_report_counts_calls(tiny, inputs):
+    handle = llava15_fast.patch(tiny, "torch")
+    assert "not called yet" in str(handle.report())
+    prompt = {key: value for key, value in inputs.items() if key != "labels"}
+    tiny.generate(**prompt, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+    rows = {row.path: row for row in handle.report().rows}
+    assert rows["visual.blocks.*.attn"].ran == {"torch": 3} and rows["visual.blocks.*.attn"].modules == 3
+    assert rows["language_model"].ran == {"torch": 1}
+    assert rows["language_model"].fallbacks == {"the cache is already filled (decoding)": 2}
+    assert rows["language_model.norm"].ran == {"torch": 3}
+
+
+def test_signatures_are_the_originals(tiny):
+    """`generate` looks at signatures; a replacement with another one would lose arguments without a word."""
+    before = {path: inspect.signature(module.forward) for path, module in tiny.named_modules()}
+    llava15_fast.patch(tiny, "torch")
+    for path, module in tiny.named_modules():
+        assert list(inspect.signature(module.forward).parameters) == list(before[path].parameters), path
+
+
+def test_replacements_have_the_declared_parameters():
+    for target in TARGETS:
+        assert tuple(inspect.signature(target.replacement).parameters)[1:] == target.parameters, target.path
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hooks_on_fused_modules_are_not_skipped(tiny, inputs, backend):
+    expected = logits(tiny, inputs)
+    seen = []
+    norm = tiny.model.language_model.layers[1].post_attention_layernorm
+    merger = tiny.model.visual.merger
+    handles = [
+        module.register_forward_hook(lambda module, args, output: seen.append(module)) for module in (norm, merger, merger.ln_q)
+    ]
+    handle = llava15_fast.patch(tiny, backend)
+    torch.testing.assert_close(logits(tiny, inputs), expected, rtol=0, atol=1e-4)
+    assert set(seen) == {norm, merger, merger.ln_q}
+    rows = {row.path: row for row in handle.report().rows}
+    assert rows["visual"].fallbacks and rows["language_model.layers.*"].fallbacks and rows["language_model.layers.*"].ran
+    for hook in handles:
+        hook.remove()
+    logits(tiny, inputs)
+    assert handle.report().rows[2].ran == {backend: 1}
+
+
+def test_recording_hooks_of_transformers_do_not_keep_the_model_slow(tiny, inputs):
+    handle = llava15_fast.patch(tiny, "torch")
+    with torch.no_grad():
+        tiny(**inputs, output_hidden_states=True)
+        llava15_fast.unpatch(tiny)
+        handle = llava15_fast.patch(tiny, "torch")
+        tiny(**inputs)
+    assert not any(row.fallbacks for row in handle.report().rows)
+
+
+def test_attention_weights_on_request(golden, inputs):
+    model = llava15_fast.LlavaOnevision1_5ForConditionalGeneration.from_pretrained(
+        ROOT / "tests/golden/tiny_hub", attn_implementation="eager"
+    ).eval()
+    model = model.to(inputs["input_ids"].device)
+    with torch.no_grad():
+        expected = model(**inputs, output_attentions=True).attentions
+        llava15_fast.patch(model, "torch")
+        found = model(**inputs, output_attentions=True).attentions
+    assert len(found) == len(expected) == 3
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks_with_holes_and_packed_positions_take_the_slower_way(tiny, golden, backend):
+    inputs = golden["text"][0]
+    holes = {**inputs, "attention_mask": inputs["attention_mask"].clone()}
+    holes["attention_mask"][0, 4] = 0
+    packed = {
+        "input_ids": inputs["input_ids"],
+        "position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]], device=tiny.device),
+        "use_cache": False,
+    }
+    expected = [logits(tiny, case) for case in (holes, packed)]
+    llava15_fast.patch(tiny, backend)
+    for case, wanted in zip((holes, packed), expected, strict=True):
+        difference = (logits(tiny, case) - wanted).abs()
+        if "attention_mask" in case:
+            difference = difference[case["attention_mask"].bool()]
+        assert difference.max() < 1e-4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_turn_on_the_returned_cache(tiny, golden, backend):
+    """The cache that the patched prefill filled continues as transformers' own would."""
+    inputs = golden["text"][0]
+    follow_up = torch.randint(0, 490, (1, 7), device=tiny.device)
+
+    def second_turn():
+        with torch.no_grad():
+            first = tiny(input_ids=inputs["input_ids"], use_cache=True)
+            return tiny(input_ids=follow_up, past_key_values=first.past_key_values).logits
+
+    expected = second_turn()
+    llava15_fast.patch(tiny, backend)
+    torch.testing.assert_close(second_turn(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic", None])
+def test_generation_with_a_chosen_cache(tiny, golden, cache):
+    inputs, expected, _ = golden["batch_left_pad"]
+    inputs = {key: value for key, value in inputs.items() if key != "labels"}
+    llava15_fast.patch(tiny, "torch")
+    options = {"cache_implementation": cache} if cache else {"use_cache": False}
+    output = tiny.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0, **options)
+    assert torch.equal(output[:, inputs["input_ids"].shape[1] :], expected["greedy_ids"])
+
+
+# accelerate puts its own forward on instances
+
+
+@pytest.mark.parametrize("patch_first", [True, False], ids=["patch-then-hook", "hook-then-patch"])
+def test_accelerate_hooks_and_patch_survive_each_other(tiny, inputs, patch_first):
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    expected = logits(tiny, inputs)
+    calls = []
+
+    class Counting(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(module)
+            return args, kwargs
+
+    hooked = [tiny.model.language_model.layers[0], tiny.model.language_model.norm, tiny.model.visual.blocks[0].attn]
+    if patch_first:
+        handle = llava15_fast.patch(tiny, "torch")
+    for module in hooked:
+        add_hook_to_module(module, Counting())
+    if not patch_first:
+        handle = llava15_fast.patch(tiny, "torch")
+    torch.testing.assert_close(logits(tiny, inputs), expected, rtol=0, atol=1e-4)
+    assert set(calls) == set(hooked)
+    assert all(row.ran for row in handle.report().rows)
+    llava15_fast.unpatch(tiny)
+    calls.clear()
+    assert torch.equal(logits(tiny, inputs), expected) and set(calls) == set(hooked)
+    for module in hooked:
+        remove_hook_from_module(module)
+    assert torch.equal(logits(tiny, inputs), expected)
+    assert not any(isinstance(m.__dict__.get("forward"), functools.partial) for m in tiny.modules())
+
+
+# What patch refuses, without touching the model
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), "a string", nn.ModuleList()])
+def test_an_unknown_model_is_refused(model):
+    with pytest.raises(TypeError, match=r"holds 0 models of class LlavaOnevision1_5Model"):
+        llava15_fast.patch(model)
+    with pytest.raises(TypeError, match=type(model).__name__):
+        llava15_fast.unpatch(model)
+
+
+def refused(model, match, error=PatchError):
+    attributes = instance_attributes(model)
+    with pytest.raises(error, match=match):
+        llava15_fast.patch(model, "torch")
+    assert instance_attributes(model) == attributes
+
+
+def test_a_changed_structure_is_named(tiny):
+    tiny.model.language_model.layers[1].self_attn.q_norm = nn.LayerNorm(16)
+    refused(tiny, r"language_model\.layers\.1\.self_attn\.q_norm is a LayerNorm, expected Qwen3RMSNorm")
+
+
+def test_a_missing_module_is_named(tiny):
+    del tiny.model.visual.rotary_pos_emb
+    refused(tiny, "visual has no 'rotary_pos_emb'")
+
+
+def test_a_changed_signature_is_named(tiny, monkeypatch):
+    target = next(target for target in TARGETS if target.path.endswith("self_attn"))
+    changed = Target(target.path, target.module_class, ("x",), target.replacement, target.kernels)
+    monkeypatch.setattr(patching_module, "TARGETS", (*TARGETS, changed))
+    refused(tiny, r"Qwen3Attention\.forward has parameters .*expected \('x',\)")
+
+
+def test_an_unsupported_dtype_is_named(tiny):
+    refused(tiny.double(), "float64")
+
+
+def test_an_unsupported_head_dim_is_named(tiny):
+    tiny.config.text_config.head_dim = 512
+    refused(tiny, "text head_dim 512")
+
+
+def test_somebody_elses_forward_is_left_in_place(tiny):
+    norm = tiny.model.language_model.norm
+    norm.forward = functools.partial(type(norm).forward, norm)
+    refused(tiny, r"language_model\.norm\.forward was already replaced")
+
+
+def test_an_unknown_backend_is_named(tiny):
+    with pytest.raises(ValueError, match="'fast'"):
+        llava15_fast.patch(tiny, "fast")
+
+
+def test_an_interrupted_patch_is_undone(tiny, monkeypatch):
+    attributes = instance_attributes(tiny)
+    install, count = patching_module._install, iter(range(5))
+
+    def interrupted(*args):
+        if next(count, None) is None:
+            raise KeyboardInterrupt
+        install(*args)
+
+    monkeypatch.setattr(patching_module, "_install", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llava15_fast.patch(tiny, "torch")
+    assert instance_attributes(tiny) == attributes
+
+
+def test_tensors_on_different_devices_are_named(tiny, inputs):
+    llava15_fast.patch(tiny, "torch")
+    with pytest.raises(ValueError, match="pixel_values is on device meta"), torch.no_grad():
+        tiny(**{**inputs, "pixel_values": inputs["pixel_values"].to("meta")})
+    with pytest.raises(ValueError, match="input_ids is on device meta"), torch.no_grad():
+        tiny(input_ids=inputs["input_ids"].to("meta"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels without the interpreter")
+def test_without_interpreter_and_gpu_auto_means_torch():
+    code = """
+import torch, pytest, llava15_fast
+model = llava15_fast.LlavaOnevision1_5ForConditionalGeneration.from_pretrained("tests/golden/tiny_hub").eval()
+handle = llava15_fast.patch(model)
+with torch.no_grad():
+    model(input_ids=torch.arange(5)[None])
+assert {backend for row in handle.report().rows for backend in row.ran} == {"torch"}
+with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+    llava15_fast.patch(model, "triton")
+assert {row.backend for row in handle.report().rows} == {"auto"}  # as before the failed call
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'kernels'}"
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=ROOT)
+
+
+def test_a_fallback_of_a_kernel_is_logged_once(caplog):
+    from llava15_kernels import rms_norm
+    from llava15_kernels._dispatch import _log_gradient
+
+    _log_gradient.cache_clear()
+    x = torch.randn(2, 64, requires_grad=True)
+    with caplog.at_level(logging.WARNING, "llava15_kernels"):
+        for _ in range(3):
+            rms_norm(x, torch.ones(64), 1e-6)
+    assert len(caplog.records) == 1 and "gradient" in caplog.text
