@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterator
+from contextvars import ContextVar
 from functools import cache
 from typing import Literal
 
@@ -28,6 +30,40 @@ for it changes between releases, so it is chosen here."""
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 """Whether this process runs Triton kernels in the interpreter; fixed when the kernels are imported."""
+
+
+_architecture_override: ContextVar[str | None] = ContextVar("architecture", default=None)
+
+
+def architecture(device: torch.device) -> str:
+    """What configurations are chosen by: "sm_90", "gfx942", ..., or "interpreter"."""
+    return _architecture_override.get() or _device_architecture(device)
+
+
+@cache
+def _device_architecture(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def warps_for(elements: int, device: torch.device, most: int = 8) -> int:
+    """Warps for a tile of this many elements: eight a thread, which are 16 bytes of a 16-bit dtype, up to `most`."""
+    threads = 64 if architecture(device).startswith("gfx") else 32
+    return max(1, min(most, triton.next_power_of_2(elements // (8 * threads))))
+
+
+@contextlib.contextmanager
+def as_if_on(name: str) -> Iterator[None]:
+    """Launchers choose their configurations for this architecture; for compiling without it at hand."""
+    token = _architecture_override.set(name)
+    try:
+        yield
+    finally:
+        _architecture_override.reset(token)
 
 
 def default_backend(device: torch.device) -> Literal["triton", "torch"]:

@@ -16,9 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ._dispatch import LAUNCH_OPTIONS, Backend, as_rows, choose_backend, device_guard
+from ._dispatch import LAUNCH_OPTIONS, Backend, as_rows, choose_backend, device_guard, warps_for
+from .cost import Cost, declares_cost, nbytes
 
-BLOCK = 1024
+BLOCK = 2048
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def _(x: torch.Tensor) -> torch.Tensor:
         rows = as_rows(x)
         with device_guard(x):
             _silu_and_mul_kernel[(rows.shape[0], triton.cdiv(y.shape[-1], BLOCK))](
-                rows, y, rows.stride(0), y.shape[-1], BLOCK_N=BLOCK, num_warps=4, **LAUNCH_OPTIONS
+                rows, y, rows.stride(0), y.shape[-1], BLOCK_N=BLOCK, num_warps=warps_for(BLOCK, x.device, 4), **LAUNCH_OPTIONS
             )
     return y
 
@@ -68,7 +69,7 @@ def _(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         with device_guard(x):
             _gelu_kernel[(rows.shape[0], triton.cdiv(y.shape[-1], BLOCK))](
                 rows, rows if bias is None else bias.contiguous(), y, rows.stride(0), y.shape[-1],
-                HAS_BIAS=bias is not None, BLOCK_N=BLOCK, num_warps=4, **LAUNCH_OPTIONS,
+                HAS_BIAS=bias is not None, BLOCK_N=BLOCK, num_warps=warps_for(BLOCK, x.device, 4), **LAUNCH_OPTIONS,
             )  # fmt: skip
     return y
 
@@ -81,6 +82,16 @@ def _(x: torch.Tensor) -> torch.Tensor:
 @torch.library.register_fake("llava15::gelu")
 def _(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@declares_cost("silu_and_mul")
+def _(x: torch.Tensor) -> Cost:
+    return Cost(1, nbytes(x), nbytes(x) // 2)
+
+
+@declares_cost("gelu")
+def _(x: torch.Tensor, bias: torch.Tensor | None) -> Cost:
+    return Cost(1, nbytes(x, bias), nbytes(x))
 
 
 def silu_and_mul(x: torch.Tensor, *, backend: Backend = "auto") -> torch.Tensor:

@@ -27,7 +27,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._dispatch import INTERPRETED, LAUNCH_OPTIONS, Backend, choose_backend, device_guard
+from ._dispatch import INTERPRETED, LAUNCH_OPTIONS, Backend, architecture, choose_backend, device_guard
+from .cost import Cost, declares_cost, nbytes
 
 MAX_HEAD_DIM = 256
 
@@ -36,7 +37,7 @@ MAX_HEAD_DIM = 256
 def _attend(
     acc, running_sum, running_max, q, k_ptr, v_ptr, stride_k, stride_v, start, end, len_k, diagonal, rows, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Keys start : end into the running softmax. MASKED blocks may pass the end of the keys or the diagonal."""
     columns = tl.arange(0, BLOCK_N)
@@ -58,7 +59,8 @@ def _attend(
         if UPCAST:
             k = k.to(tl.float32)
             v = v.to(tl.float32)
-        scores = tl.dot(q, k, input_precision=PRECISION) * scale
+        # Without "ieee" a float32 product is TF32, a thousand times less exact; 16-bit products are not affected.
+        scores = tl.dot(q, k, input_precision="ieee") * scale
         if MASKED:
             seen = (column < len_k)[None, :]
             if CAUSAL:
@@ -70,7 +72,7 @@ def _attend(
         p = tl.exp2(scores - finite_max[:, None])
         alpha = tl.exp2(running_max - finite_max)
         running_sum = running_sum * alpha + tl.sum(p, axis=1)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
         running_max = new_max
     return acc, running_sum, running_max
 
@@ -82,7 +84,7 @@ def _flash_attn_kernel(
     n_blocks, softmax_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0) // n_blocks
     block = tl.program_id(0) % n_blocks
@@ -124,11 +126,11 @@ def _flash_attn_kernel(
     running_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     acc, running_sum, running_max = _attend(
         acc, running_sum, running_max, q, k_ptr, v_ptr, stride_ks, stride_vs, 0, unmasked_end, len_k, diagonal, rows, scale,
-        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, False, PRECISION, UPCAST,
+        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, False, UPCAST,
     )  # fmt: skip
     acc, running_sum, running_max = _attend(
         acc, running_sum, running_max, q, k_ptr, v_ptr, stride_ks, stride_vs, unmasked_end, end, len_k, diagonal, rows, scale,
-        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, True, PRECISION, UPCAST,
+        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, True, UPCAST,
     )  # fmt: skip
     out = acc / tl.where(running_sum == 0.0, 1.0, running_sum)[:, None]
     out_pointers = out_ptr + rows.to(tl.int64)[:, None] * stride_os + dims[None, :]
@@ -137,8 +139,11 @@ def _flash_attn_kernel(
 
 @dataclass(frozen=True)
 class FlashConfig:
-    """Tile sizes of one launch. They depend on head_dim and dtype alone, never on lengths: a segment gives the same bits
-    alone and in any pack."""
+    """Tile sizes of one launch.
+
+    They depend on head_dim, dtype and architecture alone, never on lengths: a segment gives the same bits alone and in
+    any pack. They are the largest that compile without spills for the architecture (`python -m benchmarks.aot`).
+    """
 
     block_m: int
     block_n: int
@@ -146,10 +151,12 @@ class FlashConfig:
     num_stages: int
 
     @classmethod
-    def choose(cls, head_dim: int, dtype: torch.dtype) -> FlashConfig:
+    def choose(cls, head_dim: int, dtype: torch.dtype, architecture: str) -> FlashConfig:
         if dtype == torch.float32:
             # Exact float32 products use no matrix instruction; larger tiles spill.
-            return cls(32, 32, 4, 1) if head_dim <= 128 else cls(16, 16, 4, 1)
+            return cls(32, 32, 4, 1) if head_dim <= 64 else cls(16, 16, 4, 1)
+        if architecture.startswith("gfx"):
+            return cls(128, 64, 4, 2) if head_dim <= 64 else cls(128, 32, 4, 2) if head_dim <= 128 else cls(64, 32, 4, 1)
         if head_dim <= 64:
             return cls(128, 64, 4, 3)
         if head_dim <= 128:
@@ -180,7 +187,7 @@ def _(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0 or max_seqlen_q == 0:
         return out
-    config = FlashConfig.choose(head_dim, q.dtype)
+    config = FlashConfig.choose(head_dim, q.dtype, architecture(q.device))
     n_blocks = triton.cdiv(max_seqlen_q, config.block_m)
     with device_guard(q):
         _flash_attn_kernel[((cu_seqlens_q.shape[0] - 1) * n_blocks, heads)](
@@ -189,8 +196,6 @@ def _(
             n_blocks, softmax_scale,
             GROUP=heads // k.shape[1], HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, CAUSAL=causal,
-            # A float32 dot is TF32 by default, a thousand times less exact.
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             # The interpreter has no working bfloat16 arithmetic.
             UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
             num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
@@ -210,6 +215,20 @@ def _(
     causal: bool,
 ) -> torch.Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+@declares_cost("flash_attn_varlen")
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    softmax_scale: float,
+    causal: bool,
+) -> Cost:
+    return Cost(1, nbytes(q, k, v, cu_seqlens_q, cu_seqlens_k), nbytes(q))
 
 
 def flash_attn_varlen_func(

@@ -18,13 +18,15 @@ alone. Dao et al., https://pytorch.org/blog/flash-decoding.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 
-from ._dispatch import INTERPRETED, LAUNCH_OPTIONS, Backend, choose_backend, device_guard
+from ._dispatch import INTERPRETED, LAUNCH_OPTIONS, Backend, architecture, choose_backend, device_guard
+from .cost import Cost, declares_cost, nbytes
 from .flash_attn import MAX_HEAD_DIM, _attend
 
 MAX_ROWS = 128
@@ -38,7 +40,7 @@ def _split_kernel(
     stride_os, stride_ls, n_queries, capacity, n_splits, softmax_scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -76,11 +78,11 @@ def _split_kernel(
     running_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     acc, running_sum, running_max = _attend(
         acc, running_sum, running_max, q, k_ptr, v_ptr, stride_ks, stride_vs, start, unmasked_end, end, diagonal, query, scale,
-        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, False, PRECISION, UPCAST,
+        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, False, UPCAST,
     )  # fmt: skip
     acc, running_sum, running_max = _attend(
         acc, running_sum, running_max, q, k_ptr, v_ptr, stride_ks, stride_vs, unmasked_end, end, end, diagonal, query, scale,
-        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, True, PRECISION, UPCAST,
+        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, True, UPCAST,
     )  # fmt: skip
 
     divisor = tl.where(running_sum == 0.0, 1.0, running_sum)
@@ -124,6 +126,30 @@ def choose_splits(batch: int, kv_heads: int, capacity: int, block_n: int, proces
     return max(1, min(wanted, triton.cdiv(capacity, block_n), 128))
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """Tiles and number of runs of one launch; they depend on shapes, dtype and device, never on lengths."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    num_stages: int
+    splits: int
+
+    @classmethod
+    def choose(cls, q: torch.Tensor, k_cache: torch.Tensor, num_splits: int) -> _Plan:
+        batch, n_queries, heads, head_dim = q.shape
+        capacity, kv_heads = k_cache.shape[1:3]
+        exact = q.dtype == torch.float32
+        block_d = max(16, triton.next_power_of_2(head_dim))
+        # Exact float32 products use no matrix instruction; larger tiles spill.
+        block_n = (32 if block_d <= 64 else 16) if exact else (64 if block_d <= 128 else 32)
+        stages = 1 if exact else 2 if architecture(q.device).startswith("gfx") else 3
+        block_m = max(16, triton.next_power_of_2(n_queries * heads // kv_heads))
+        splits = num_splits or choose_splits(batch, kv_heads, capacity, block_n, _processors(q.device))
+        return cls(block_m, block_n, block_d, stages, splits)
+
+
 torch.library.define(
     "llava15::flash_decode",
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor cache_leftpad, float softmax_scale, bool causal, "
@@ -148,11 +174,8 @@ def _(
     if out.numel() == 0:
         return out
     q = q if q.stride(-1) == 1 else q.contiguous()
-    group = heads // kv_heads
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    block_m = max(16, triton.next_power_of_2(n_queries * group))
-    block_n = 32 if q.dtype == torch.float32 or block_d > 128 else 64
-    splits = num_splits or choose_splits(batch, kv_heads, capacity, block_n, _processors(q.device))
+    plan = _Plan.choose(q, k_cache, num_splits)
+    splits = plan.splits
     rows = batch * n_queries * heads
     lse = torch.empty((splits, rows), dtype=torch.float32, device=q.device)
     partial = out if splits == 1 else torch.empty((splits, rows, head_dim), dtype=torch.float32, device=q.device)
@@ -161,15 +184,15 @@ def _(
             q, k_cache, v_cache, partial, lse, cache_seqlens, cache_leftpad,
             *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
             rows * head_dim, rows, n_queries, capacity, splits, softmax_scale,
-            HEADS=heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=causal,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            HEADS=heads, GROUP=heads // kv_heads, HEAD_DIM=head_dim, BLOCK_D=plan.block_d, BLOCK_M=plan.block_m,
+            BLOCK_N=plan.block_n, CAUSAL=causal,
             UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
-            num_warps=4, num_stages=1 if q.dtype == torch.float32 else 3, **LAUNCH_OPTIONS,
+            num_warps=4, num_stages=plan.num_stages, **LAUNCH_OPTIONS,
         )  # fmt: skip
         if splits > 1:
             _combine_kernel[(rows,)](
                 partial, lse, out, rows * head_dim, rows, splits,
-                HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SPLITS=triton.next_power_of_2(splits),
+                HEAD_DIM=head_dim, BLOCK_D=plan.block_d, BLOCK_SPLITS=triton.next_power_of_2(splits),
                 num_warps=4, **LAUNCH_OPTIONS,
             )  # fmt: skip
     return out
@@ -187,6 +210,26 @@ def _(
     num_splits: int,
 ) -> torch.Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+@declares_cost("flash_decode")
+def _(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cache_leftpad: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+    num_splits: int,
+) -> Cost:
+    """As if the cache were full: how full it is only the device knows."""
+    splits = _Plan.choose(q, k_cache, num_splits).splits
+    rows = q.numel() // q.shape[-1]
+    lse = 4 * splits * rows
+    partial = 4 * splits * q.numel() if splits > 1 else 0
+    read = nbytes(q, k_cache, v_cache, cache_seqlens, cache_leftpad)
+    return Cost(1 + (splits > 1), read + partial + (lse if splits > 1 else 0), nbytes(q) + partial + lse)
 
 
 def flash_attn_with_kvcache(

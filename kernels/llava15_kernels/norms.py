@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from ._dispatch import LAUNCH_OPTIONS, Backend, as_rows, choose_backend, device_guard
+from .cost import Cost, declares_cost, nbytes
 
 MAX_WIDTH = 16384
 
@@ -161,6 +162,26 @@ def _(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return _empty_outputs(x, residual, weight)
+
+
+@declares_cost("rms_norm")
+def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Cost:
+    return Cost(1, nbytes(x, weight), nbytes(*_empty_outputs(x.to("meta"), None, weight)))
+
+
+@declares_cost("add_rms_norm")
+def _(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> Cost:
+    return Cost(1, nbytes(x, residual, weight), nbytes(*_empty_outputs(x.to("meta"), residual, weight)))
+
+
+@declares_cost("layer_norm")
+def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> Cost:
+    return Cost(1, nbytes(x, weight, bias), nbytes(*_empty_outputs(x.to("meta"), None, weight)))
+
+
+@declares_cost("add_layer_norm")
+def _(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> Cost:
+    return Cost(1, nbytes(x, residual, weight, bias), nbytes(*_empty_outputs(x.to("meta"), residual, weight)))
 
 
 def rms_norm(

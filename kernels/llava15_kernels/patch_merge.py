@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from ._dispatch import LAUNCH_OPTIONS, Backend, choose_backend, device_guard
+from .cost import Cost, declares_cost, nbytes
 
 MAX_WIDTH = 16384
 
@@ -93,6 +94,12 @@ def _(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, cu_seqlens: torch.Tensor, merge_size: int
 ) -> torch.Tensor:
     return _empty_output(x, cu_seqlens, merge_size)
+
+
+@declares_cost("patch_merge")
+def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, cu_seqlens: torch.Tensor, merge_size: int) -> Cost:
+    patches = nbytes(x) - (cu_seqlens.shape[0] - 1) * x.shape[1] * x.element_size()
+    return Cost(1, patches + nbytes(weight, bias, cu_seqlens), patches)
 
 
 def patch_merge(

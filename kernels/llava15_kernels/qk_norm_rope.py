@@ -22,7 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._dispatch import LAUNCH_OPTIONS, Backend, choose_backend, device_guard
+from ._dispatch import LAUNCH_OPTIONS, Backend, choose_backend, device_guard, warps_for
+from .cost import Cost, declares_cost, nbytes
 from .norms import rms_norm_ref
 
 MAX_HEAD_DIM = 256
@@ -141,7 +142,7 @@ def _launch(
             length, k_out.shape[1], eps, scaling,
             Q_HEADS=q_heads, KV_HEADS=kv_heads, HALF=head_dim // 2, BLOCK_H=block_h,
             BLOCK_D=triton.next_power_of_2(head_dim // 2), HAS_CACHE=has_cache,
-            num_warps=4 if block_h * head_dim >= 1024 else 2, **LAUNCH_OPTIONS,
+            num_warps=warps_for(block_h * head_dim // 2, q.device), **LAUNCH_OPTIONS,
         )  # fmt: skip
     return q_out
 
@@ -220,6 +221,40 @@ def _(
     cache_seqlens: torch.Tensor,
 ) -> torch.Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+@declares_cost("qk_norm_rope")
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    position_ids: torch.Tensor,
+    inv_freq: torch.Tensor,
+    scaling: float,
+) -> Cost:
+    return Cost(1, nbytes(q, k, q_weight, k_weight, position_ids, inv_freq), nbytes(q, k))
+
+
+@declares_cost("qk_norm_rope_into_cache")
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    position_ids: torch.Tensor,
+    inv_freq: torch.Tensor,
+    scaling: float,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+) -> Cost:
+    """New tokens only; a slot beyond the cache would not be written."""
+    read = nbytes(q, k, v, q_weight, k_weight, position_ids, inv_freq, cache_seqlens)
+    return Cost(1, read, nbytes(q, k, v))
 
 
 def qk_norm_rope(

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from ._dispatch import LAUNCH_OPTIONS, Backend, choose_backend, device_guard
+from .cost import Cost, declares_cost, nbytes
 
 
 @triton.jit
@@ -97,6 +98,13 @@ def _(
     q: torch.Tensor, k: torch.Tensor, position_ids: torch.Tensor, inv_freq: torch.Tensor, class_pos_emb: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+
+
+@declares_cost("vision_rope_2d")
+def _(
+    q: torch.Tensor, k: torch.Tensor, position_ids: torch.Tensor, inv_freq: torch.Tensor, class_pos_emb: torch.Tensor
+) -> Cost:
+    return Cost(1, nbytes(q, k, position_ids, inv_freq, class_pos_emb), nbytes(q, k))
 
 
 def vision_rope_2d(
