@@ -1,4 +1,4 @@
-"""Drawn scenes and the one sentence that describes each: what the small checkpoint is trained and tested on.
+"""Drawn scenes and the one sentence that describes each: what the small checkpoint is trained on and asked about.
 
     "a red circle"    "a red circle above a blue square"    "a red circle left of a blue square"
 
@@ -8,28 +8,33 @@ depends on nothing but its split, its index and the training seed; the splits ne
 
 from __future__ import annotations
 
+import math
 import random
+from typing import Any
 
 from PIL import Image, ImageDraw
 
+Colour = tuple[int, ...]
+
 QUESTION = "Describe this image."
 SIZE = 112
-SHAPES = ("circle", "square", "triangle", "cross")
+SHAPES = ("circle", "square", "triangle", "cross", "star")
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 165, 60),
     "blue": (45, 75, 215),
     "yellow": (240, 205, 30),
+    "pink": (240, 130, 185),
     "purple": (145, 50, 170),
     "black": (30, 30, 30),
 }
 RELATIONS = ("above", "left of")
 
 # In pixels of a scene of SIZE x SIZE.
-RADIUS = (17.0, 23.0)
+RADIUS = (15.0, 24.0)
 MARGIN = 2.0
 GAP = 4.0
-MAX_OFFSET = 14.0
+MAX_OFFSET = 20.0
 SUPERSAMPLING = 4
 
 
@@ -85,9 +90,7 @@ def draw_scene(rng: random.Random, size: int = SIZE) -> tuple[Image.Image, str]:
     return canvas.reduce(SUPERSAMPLING), sentence
 
 
-def _draw_shape(
-    draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, colour: tuple[int, ...]
-) -> None:
+def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, colour: Colour) -> None:
     if shape == "circle":
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
     elif shape == "square":
@@ -95,11 +98,43 @@ def _draw_shape(
         draw.rectangle((x - half, y - half, x + half, y + half), fill=colour)
     elif shape == "triangle":
         draw.polygon(((x, y - radius), (x - radius, y + radius), (x + radius, y + radius)), fill=colour)
+    elif shape == "star":
+        corners = [(radius if i % 2 == 0 else 0.42 * radius, math.pi * i / 5) for i in range(10)]
+        draw.polygon([(x + r * math.sin(angle), y - r * math.cos(angle)) for r, angle in corners], fill=colour)
     else:
         arm = 0.33 * radius
         draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=colour)
         draw.rectangle((x - arm, y - radius, x + arm, y + radius), fill=colour)
 
 
-def _jitter(rng: random.Random, colour: tuple[float, ...], amount: float) -> tuple[int, ...]:
+def _jitter(rng: random.Random, colour: tuple[float, ...], amount: float) -> Colour:
     return tuple(min(255, max(0, round(channel + rng.uniform(-amount, amount)))) for channel in colour)
+
+
+def chat(image: Image.Image) -> list[dict[str, Any]]:
+    """The question about `image`, as a chat."""
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]}]
+
+
+def describe(model: Any, processor: Any, images: list[Image.Image], batch_size: int = 50) -> list[str]:
+    """The model's sentence for every image."""
+    sentences = []
+    for start in range(0, len(images), batch_size):
+        inputs = processor.apply_chat_template(
+            [chat(image) for image in images[start : start + batch_size]],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        ).to(model.device)
+        output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+        sentences += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return sentences
+
+
+def held_out_accuracy(model: Any, processor: Any, indices: range = range(200)) -> float:
+    """The share of held-out scenes whose sentence is exactly right."""
+    images, expected = zip(*map(held_out_scene, indices), strict=True)
+    answers = describe(model, processor, list(images))
+    return sum(answer == sentence for answer, sentence in zip(answers, expected, strict=True)) / len(indices)
