@@ -50,6 +50,20 @@ def _device_architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once, for grids that have to fill the device."""
+    if _architecture_override.get():
+        return 132  # an H100's, for an architecture that is not at hand
+    return _device_multiprocessors(device)
+
+
+@cache
+def _device_multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # so that the interpreter sees split work
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def warps_for(elements: int, device: torch.device, most: int = 8) -> int:
     """Warps for a tile of this many elements: eight a thread, which are 16 bytes of a 16-bit dtype, up to `most`."""
     threads = 64 if architecture(device).startswith("gfx") else 32

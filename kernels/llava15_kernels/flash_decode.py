@@ -19,13 +19,12 @@ alone. Dao et al., https://pytorch.org/blog/flash-decoding.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 
-from ._dispatch import INTERPRETED, LAUNCH_OPTIONS, Backend, architecture, choose_backend, device_guard
+from ._dispatch import INTERPRETED, LAUNCH_OPTIONS, Backend, architecture, choose_backend, device_guard, multiprocessors
 from .cost import Cost, declares_cost, nbytes
 from .flash_attn import MAX_HEAD_DIM, _attend
 
@@ -114,12 +113,6 @@ def _combine_kernel(
     tl.store(out_ptr + row * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
-@cache
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; four in the interpreter, so that splits are tested there."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
 def choose_splits(batch: int, kv_heads: int, capacity: int, block_n: int, processors: int) -> int:
     """Runs per prompt: enough programs for every multiprocessor twice over, never runs below one tile."""
     wanted = triton.cdiv(2 * processors, batch * kv_heads)
@@ -146,7 +139,7 @@ class _Plan:
         block_n = (32 if block_d <= 64 else 16) if exact else (64 if block_d <= 128 else 32)
         stages = 1 if exact else 2 if architecture(q.device).startswith("gfx") else 3
         block_m = max(16, triton.next_power_of_2(n_queries * heads // kv_heads))
-        splits = num_splits or choose_splits(batch, kv_heads, capacity, block_n, _processors(q.device))
+        splits = num_splits or choose_splits(batch, kv_heads, capacity, block_n, multiprocessors(q.device))
         return cls(block_m, block_n, block_d, stages, splits)
 
 

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import torch
 
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
+"""What can be proven here: Triton's interpreter has no working bfloat16 arithmetic."""
+
 
 def worst(ours: torch.Tensor, ref: torch.Tensor) -> tuple[float, tuple[int, ...]]:
     """The largest absolute difference and where it is. NaN counts as the largest."""

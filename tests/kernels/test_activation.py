@@ -2,9 +2,7 @@ import pytest
 import torch
 
 from llava15_kernels import gelu, gelu_ref, silu_and_mul, silu_and_mul_ref
-from llava15_kernels.testing import assert_close
-
-DTYPES = [torch.float32, torch.float16]
+from llava15_kernels.testing import DTYPES, assert_close
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from llava15_kernels import flash_attn_varlen_func, flash_attn_varlen_ref
-from llava15_kernels.testing import assert_close, worst
+from llava15_kernels.testing import DTYPES, assert_close, worst
 
 BACKENDS = ["triton", "torch"]
 # Lengths around the tile edges, one token, nothing at all, queries and keys that differ.
@@ -37,14 +37,14 @@ def check(arguments, causal, backend, scale=None):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_flash_attn_varlen(device, case, causal, dtype, backend):
     check(inputs(*case, 4, 2, 64, dtype, device), causal, backend)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads,kv_heads,head_dim", [(5, 5, 16), (6, 2, 16), (2, 1, 72), (2, 2, 80), (4, 1, 128), (1, 1, 256)])
 def test_flash_attn_varlen_heads(device, heads, kv_heads, head_dim, dtype):
     check(inputs([19, 40], None, heads, kv_heads, head_dim, dtype, device), True, "triton")
@@ -76,7 +76,7 @@ def test_nothing_leaks_between_segments(device, causal, backend):
     assert ours[inside].isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_a_segment_alone_gives_the_same_bits_as_in_a_pack(device, causal, dtype):
     q, k, v, cu, _, longest, _ = inputs([50, 7, 130], None, 2, 1, 64, dtype, device)

@@ -3,7 +3,7 @@ import torch
 
 from llava15_kernels import flash_attn_varlen_ref, flash_attn_with_kvcache, flash_attn_with_kvcache_ref
 from llava15_kernels.flash_decode import choose_splits
-from llava15_kernels.testing import assert_close
+from llava15_kernels.testing import DTYPES, assert_close
 
 BACKENDS = ["triton", "torch"]
 
@@ -29,7 +29,7 @@ def check(q, k, v, seqlens, leftpad, causal, backend="triton", splits=0):
     return ours
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("splits", [0, 1, 3, 8])
 @pytest.mark.parametrize("length", [1, 3])
 def test_flash_attn_with_kvcache(device, length, splits, dtype):

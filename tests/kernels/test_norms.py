@@ -3,9 +3,8 @@ import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from llava15_kernels import layer_norm, layer_norm_ref, rms_norm, rms_norm_ref
-from llava15_kernels.testing import assert_close
+from llava15_kernels.testing import DTYPES, assert_close
 
-DTYPES = [torch.float32, torch.float16]
 WIDTHS = [64, 80, 128, 1000, 2560, 4096, 8192]
 
 

@@ -6,6 +6,7 @@ import torch._dynamo.testing
 
 from llava15_kernels.cost import cost_of, declared_operators
 from llava15_kernels.flash_decode import _Plan
+from llava15_kernels.testing import DTYPES
 
 H, KV, D, L = 4, 2, 16, 11
 
@@ -75,7 +76,7 @@ def test_compiles_to_one_graph(device, op):
         assert counter.frame_count <= 3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPERATORS)
 def test_declared_cost_is_the_real_one(device, op, dtype, launches, stored_bytes):
     call = arguments(device, dtype)[op]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from llava15_kernels import patch_merge, patch_merge_ref
-from llava15_kernels.testing import assert_close
+from llava15_kernels.testing import DTYPES, assert_close
 
 LENGTHS = {"one": [25], "uneven": [9, 37, 5], "frames": [17] * 20, "many": [5] * 150}
 
@@ -14,7 +14,7 @@ def inputs(lengths, width, dtype, device):
     return x, weight, bias, 1e-5, cu_seqlens
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [64, 80, 1024])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 def test_patch_merge(device, lengths, width, dtype):

@@ -24,7 +24,7 @@ from llava15_kernels import (
     vision_rope_2d,
     vision_rope_2d_ref,
 )
-from llava15_kernels.testing import assert_close
+from llava15_kernels.testing import DTYPES, assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROPERTY = settings(
@@ -34,7 +34,7 @@ PROPERTY = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
-dtypes = st.sampled_from([torch.float32, torch.float16])
+dtypes = st.sampled_from(DTYPES)
 head_dims = st.sampled_from([16, 24, 32, 40, 64, 72, 80, 96, 128])
 seeds = st.integers(0, 2**31)
 

@@ -4,7 +4,7 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
 from llava15_kernels import qk_norm_rope, qk_norm_rope_ref
-from llava15_kernels.testing import assert_close
+from llava15_kernels.testing import DTYPES, assert_close
 
 
 def inputs(batch, length, heads, kv_heads, head_dim, dtype, device, theta=1e4):
@@ -24,7 +24,7 @@ def wide(arguments):
 SHAPES = [(1, 1, 1, 1, 16), (2, 7, 6, 2, 16), (1, 5, 32, 8, 128), (2, 3, 5, 5, 80), (1, 4, 3, 1, 256)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_qk_norm_rope(device, shape, dtype):
     arguments, _ = inputs(*shape, dtype, device)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from llava15_kernels import vision_rope_2d, vision_rope_2d_ref
-from llava15_kernels.testing import assert_close
+from llava15_kernels.testing import DTYPES, assert_close
 
 
 def inputs(rows, heads, head_dim, dtype, device, theta=10000.0):
@@ -20,7 +20,7 @@ def wide(q, k, position_ids, inv_freq, class_pos_emb):
     return q.double(), k.double(), position_ids, inv_freq.double(), class_pos_emb.double()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows,heads,head_dim", [(1, 1, 16), (37, 5, 16), (25, 4, 72), (19, 3, 80), (111, 16, 64), (9, 2, 256)])
 def test_vision_rope(device, rows, heads, head_dim, dtype):
     arguments = inputs(rows, heads, head_dim, dtype, device)
