@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,24 +53,17 @@ class VisionLayout:
         lengths: rows of each segment, class row included.
         cu_seqlens: (segments + 1,) int32, their running sum.
         position_ids: (S, 2) int32, (row, column) of a patch in its grid; (-1, -1) for a class row.
+        patch_rows: (N,) indices of the rows that are patches.
     """
 
     lengths: tuple[int, ...]
     cu_seqlens: torch.Tensor
     position_ids: torch.Tensor
+    patch_rows: torch.Tensor
 
     @property
     def max_seqlen(self) -> int:
         return max(self.lengths)
-
-    @cached_property
-    def patch_rows(self) -> torch.Tensor:
-        """(N,) indices of the rows that are patches, on the device of `cu_seqlens`."""
-        rows, start = [], 0
-        for length in self.lengths:
-            rows.append(torch.arange(start + 1, start + length))
-            start += length
-        return torch.cat(rows).to(self.cu_seqlens.device)
 
     @classmethod
     def from_grids(cls, grids: list[list[int]], merge_size: int, device: torch.device) -> VisionLayout:
@@ -91,7 +83,9 @@ class VisionLayout:
             lengths.extend([h * w + 1] * t)
         cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         cu_seqlens[1:] = torch.tensor(lengths).cumsum(0)
-        return cls(tuple(lengths), cu_seqlens.to(device), torch.cat(positions).to(device))
+        position_ids = torch.cat(positions)
+        patch_rows = (position_ids[:, 0] >= 0).nonzero()[:, 0]
+        return cls(tuple(lengths), *(tensor.to(device) for tensor in (cu_seqlens, position_ids, patch_rows)))
 
 
 class LlavaOnevision1_5VisionPatchEmbed(nn.Module):
@@ -286,11 +280,19 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
 
     @can_return_tuple
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, **kwargs: Any) -> tuple | BaseModelOutputWithPooling:
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        grid_thw: torch.Tensor | None = None,
+        layout: VisionLayout | None = None,
+        **kwargs: Any,
+    ) -> tuple | BaseModelOutputWithPooling:
         """
         Args:
             pixel_values: (N, channels * patch * patch) rows of the image processor, in merge-block order.
             grid_thw: (n, 3) integers, (t, h, w) in patches of every image or video; sum of t*h*w is N.
+            layout: in the place of `grid_thw`, what `VisionLayout.from_grids` makes of it; then nothing is read back from
+                the device, and the forward can be compiled or captured as a whole.
 
         Returns:
             `last_hidden_state` (N, hidden) before the merger and `pooler_output` (N/4, text width).
@@ -298,8 +300,9 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
         Raises:
             ValueError: the grid does not fit the pixels or the merge size.
         """
-        grids = self.check_inputs(pixel_values, grid_thw)
-        layout = VisionLayout.from_grids(grids, self.spatial_merge_size, pixel_values.device)
+        if layout is None:
+            grids = self.check_inputs(pixel_values, grid_thw)
+            layout = VisionLayout.from_grids(grids, self.spatial_merge_size, pixel_values.device)
         position_embeddings = self.rotary_pos_emb(layout.position_ids, self.class_pos_emb)
         hidden_states = self.embed_patches(pixel_values, layout)
         for block in self.blocks:

@@ -234,13 +234,13 @@ class TextLayout:
             cached = past_key_values is not None or (module.config.use_cache if use_cache is None else use_cache)
             if not cached and position_ids is not None and bool((position_ids.diff(dim=-1) != 1).any()):
                 return "the positions describe packed sequences"
-            pads = [0] * batch
-        elif not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != (batch, length):
+            bounds = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=inputs_embeds.device)
+            return cls(bounds, length)
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != (batch, length):
             return "the attention mask is not one flag per token"
-        else:
-            pads = padding_of(attention_mask)
-            if pads is None:
-                return "the attention mask has holes"
+        pads = padding_of(attention_mask)
+        if pads is None:
+            return "the attention mask has holes"
         lengths = [part for pad in pads for part in ((pad, length - pad) if pad >= 0 else (length + pad, -pad))]
         bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return cls(bounds.to(inputs_embeds.device, non_blocking=True), max(lengths))

@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._dispatch import INTERPRETED, LAUNCH_OPTIONS, Backend, architecture, choose_backend, device_guard
+from ._dispatch import INTERPRETED, LAUNCH_OPTIONS, Backend, architecture, choose_backend, device_guard, needs_grad
 from .cost import Cost, declares_cost, nbytes
 
 MAX_HEAD_DIM = 256
@@ -164,9 +164,10 @@ class FlashConfig:
         return cls(64, 32, 8, 2)
 
 
+# SymInt: a plain int would make torch.compile start anew for every length.
 torch.library.define(
     "llava15::flash_attn_varlen",
-    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, float softmax_scale, "
+    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, float softmax_scale, "
     "bool causal) -> Tensor",
 )
 
@@ -285,7 +286,10 @@ def flash_attn_varlen_func(
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     if choose_backend("flash_attn_varlen_func", backend, q, k, v) == "torch":
-        return flash_attn_varlen_sdpa(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
+        # The lengths have to be known to the host, which torch.compile cannot look into: one opaque node for it.
+        opaque = torch.compiler.is_compiling() and not needs_grad(q, k, v)
+        attend = torch.ops.llava15.flash_attn_varlen_sdpa if opaque else flash_attn_varlen_sdpa
+        return attend(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
     return torch.ops.llava15.flash_attn_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, softmax_scale, causal)
 
 
@@ -351,7 +355,27 @@ def flash_attn_varlen_sdpa(
         if causal and len_q > len_k:
             output[:, : len_q - len_k] = 0.0
         outputs.append(output.flatten(0, 1))
-    return torch.cat(outputs) if outputs else torch.empty_like(q)
+    return torch.cat(outputs) if outputs else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+torch.library.define(
+    "llava15::flash_attn_varlen_sdpa",
+    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float softmax_scale, bool causal) -> Tensor",
+)
+torch.library.impl("llava15::flash_attn_varlen_sdpa", ("cpu", "cuda"), flash_attn_varlen_sdpa)
+
+
+@torch.library.register_fake("llava15::flash_attn_varlen_sdpa")
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+) -> torch.Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
 def flash_attn_varlen_ref(
