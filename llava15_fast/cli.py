@@ -1,12 +1,14 @@
 """The command line: `llava15-fast demo` and `llava15-fast generate`.
 
-An answer goes to stdout, everything about it to stderr. A mistake is one line on stderr and exit status 2.
+An answer goes to stdout, everything about it to stderr. A mistake is one line on stderr and exit status 2;
+LLAVA15_DEBUG=1 shows where it happened.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import time
@@ -37,10 +39,11 @@ class Answer:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     arguments = _arguments(argv)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         return arguments.run(arguments)
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+    except Exception as error:
+        if os.environ.get("LLAVA15_DEBUG") == "1":
+            raise
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"llava15-fast: error: {message}", file=sys.stderr)
         return 2
@@ -98,7 +101,8 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     from . import LlavaOnevision1_5Config
 
     logging.disable_progress_bar()
-    if not Path(folder).exists() and Path(folder).is_absolute() | str(folder).startswith("."):
+    logging.set_verbosity_error()
+    if not Path(folder).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(folder)):
         raise FileNotFoundError(f"no checkpoint folder {str(folder)!r}")
     config = AutoConfig.from_pretrained(folder)
     if not isinstance(config, LlavaOnevision1_5Config):
@@ -107,7 +111,13 @@ def load(folder: str | Path) -> tuple[Any, Any]:
         )
     processor = AutoProcessor.from_pretrained(folder)
     placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", **placement)
+    model, report = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", output_loading_info=True, **placement)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{folder} lacks {len(missing)} tensors, {missing[0]} the first: the answer would be noise")
+    for kind in ("image", "video"):
+        expected, found = getattr(config, f"{kind}_token_id"), getattr(processor, f"{kind}_token_id")
+        if expected != found or processor.tokenizer.encode(getattr(processor, f"{kind}_token")) != [expected]:
+            raise ValueError(f"{folder}: the tokenizer's {kind} placeholder is {found}, the model's {kind}_token_id {expected}")
     return model.eval(), processor
 
 
@@ -145,17 +155,18 @@ def _generate(arguments: argparse.Namespace) -> int:
         read_image(image)  # before a large checkpoint is loaded
     model, processor = load(arguments.model)
     question = (processor, arguments.prompt, arguments.image, arguments.max_new_tokens)
-    stderr = Console(stderr=True)
     plain = ask(model, *question) if arguments.no_patch or arguments.compare else None
     handle = None if arguments.no_patch else patch(model, arguments.backend)
     answer = plain if handle is None else ask(model, *question)
     print(answer.text)
-    stderr.print(f"{len(answer.ids)} tokens in {answer.seconds:.2f} s, {'patched' if handle else 'not patched'}")
+    state = "patched" if handle else "not patched"
+    print(f"{len(answer.ids)} tokens in {answer.seconds:.2f} s, {state}", file=sys.stderr)
     if handle is not None:
         print(handle.report(), file=sys.stderr)
     if arguments.compare:
         same = plain.ids == answer.ids
-        stderr.print(f"unpatched: {plain.text!r} in {plain.seconds:.2f} s; token ids {'identical' if same else 'DIFFER'}")
+        verdict = "identical" if same else "DIFFERENT"
+        print(f"unpatched: {plain.text!r} in {plain.seconds:.2f} s; token ids {verdict}", file=sys.stderr)
         return 0 if same else 1
     return 0
 
@@ -177,16 +188,16 @@ def _demo(arguments: argparse.Namespace) -> int:
     images = sorted((assets / "samples").glob("*.png"))[: arguments.images]
     unpatched = [ask(model, processor, PROMPT, [image], 64) for image in images]
     handle = patch(model, arguments.backend)
-    stdout = Console()
+    stdout = Console(highlight=False)
     same = True
     for image, before in zip(images, unpatched, strict=True):
         after = ask(model, processor, PROMPT, [image], 64)
         identical = before.ids == after.ids
         same &= identical
-        stdout.print(f"[bold]{image}[/bold]", soft_wrap=True)
-        stdout.print(f"  unpatched  {before.text!r}  {before.seconds:.2f} s")
-        stdout.print(f"  patched    {after.text!r}  {after.seconds:.2f} s")
-        stdout.print(f"  token ids  {'identical' if identical else '[red]DIFFERENT[/red]'}")
+        stdout.print(str(image), style="bold", markup=False, soft_wrap=True)
+        stdout.print(f"  unpatched  {before.text!r}  {before.seconds:.2f} s", markup=False)
+        stdout.print(f"  patched    {after.text!r}  {after.seconds:.2f} s", markup=False)
+        stdout.print(f"  token ids  {'identical' if identical else 'DIFFERENT'}", style="" if identical else "red")
     print(handle.report())
     if arguments.backend == "auto" and model.device.type == "cpu" and not _interpreted():
         stdout.print("\nThe same through the Triton kernels, in Triton's interpreter:")

@@ -103,6 +103,8 @@ class LlavaOnevision1_5Config(PreTrainedConfig):
             if given is None:
                 given = config_class()
             elif isinstance(given, dict):
+                if name == "vision_config" and not {"text_hidden_size", "out_hidden_size"} & given.keys():
+                    given = {**given, "text_hidden_size": self._text_hidden_size()}
                 given = config_class(**{key: value for key, value in given.items() if key != "model_type"})
             setattr(self, name, given)
         # Older releases of transformers wrote the flag into the text configuration.
@@ -115,6 +117,11 @@ class LlavaOnevision1_5Config(PreTrainedConfig):
                 f"vision text_hidden_size {self.vision_config.text_hidden_size} must equal the text hidden_size "
                 f"{self.text_config.hidden_size}"
             )
+
+    def _text_hidden_size(self) -> int:
+        given = self.text_config
+        default = LlavaOnevision1_5TextConfig.hidden_size
+        return given.get("hidden_size", default) if isinstance(given, dict) else getattr(given, "hidden_size", default)
 
 
 class LlavaOnevision1_5UpstreamConfig(LlavaOnevision1_5Config):

@@ -89,15 +89,15 @@ class VisionLayout:
 
 
 class LlavaOnevision1_5VisionPatchEmbed(nn.Module):
-    """(N, 3*14*14) pixels -> (N, hidden). One convolution per patch, i.e. one matrix product."""
+    """(N, 3*14*14) pixels -> (N, hidden). The convolution sees one patch at a time, i.e. it is one matrix product."""
 
     def __init__(self, config: LlavaOnevision1_5VisionConfig) -> None:
         super().__init__()
         self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        weight = self.proj.weight
-        return nn.functional.linear(pixel_values.to(weight.dtype), weight.flatten(1))
+        kernel = self.proj.weight.shape[1:]
+        return self.proj(pixel_values.to(self.proj.weight.dtype).view(-1, *kernel)).flatten(1)
 
 
 class LlavaOnevision1_5VisionRotaryEmbedding(nn.Module):
@@ -111,6 +111,13 @@ class LlavaOnevision1_5VisionRotaryEmbedding(nn.Module):
         self.dim = config.hidden_size // config.num_heads // 2
         self.theta = config.rope_theta
         self.register_buffer("inv_freq", self.compute_inv_freq(), persistent=False)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        """`.half()` and `.bfloat16()` leave the frequencies in float32: rounded, they turn far patches wrongly."""
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype in (torch.float16, torch.bfloat16):
+            self.inv_freq = self.compute_inv_freq().to(self.inv_freq.device)
+        return self
 
     def compute_inv_freq(self) -> torch.Tensor:
         return 1.0 / (self.theta ** (torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim))
@@ -321,12 +328,12 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
 
     def merge_patches(self, hidden_states: torch.Tensor, layout: VisionLayout) -> tuple[torch.Tensor, torch.Tensor]:
         """(S, hidden) -> the patches (N, hidden) without class rows, and the merged features (N/4, text width)."""
-        patches = hidden_states[layout.patch_rows]
+        patches = hidden_states[layout.patch_rows.to(hidden_states.device)]
         return patches, self.merger(patches)
 
     def check_inputs(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> list[list[int]]:
         """The grids as Python integers, after checking them against the pixels."""
-        if grid_thw is None or grid_thw.ndim != 2 or grid_thw.shape[-1] != 3:
+        if grid_thw is None or grid_thw.ndim != 2 or grid_thw.shape[-1] != 3 or grid_thw.shape[0] == 0:
             shape = None if grid_thw is None else tuple(grid_thw.shape)
             raise ValueError(f"grid_thw has shape {shape}, expected (images, 3) with (t, h, w) per image")
         width = self.config.in_channels * self.config.patch_size**2
@@ -345,6 +352,30 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
         if patches != pixel_values.shape[0]:
             raise ValueError(f"grid_thw {grids} describes {patches} patches, but pixel_values has {pixel_values.shape[0]}")
         return grids
+
+
+def repeat_per_prompt(
+    pixels: torch.Tensor, grid_thw: torch.Tensor, patches_per_prompt: list[int], times: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patches (N, ...) and grids (n, 3) of all prompts, those of each prompt `times` in a row.
+
+    Raises:
+        ValueError: the grids cannot be dealt out to the prompts by their numbers of patches.
+    """
+    sizes = grid_thw.prod(-1).tolist()
+    images_per_prompt, taken = [], 0
+    for patches in patches_per_prompt:
+        start = taken
+        while taken < len(sizes) and sum(sizes[start:taken]) < patches:
+            taken += 1
+        if sum(sizes[start:taken]) != patches:
+            raise ValueError(f"placeholders for {patches} patches in a prompt, but the next images have {sizes[start:]}")
+        images_per_prompt.append(taken - start)
+    repeated_pixels, repeated_grids = [], []
+    for own_pixels, own_grids in zip(pixels.split(patches_per_prompt), grid_thw.split(images_per_prompt), strict=True):
+        repeated_pixels += [own_pixels] * times
+        repeated_grids += [own_grids] * times
+    return torch.cat(repeated_pixels), torch.cat(repeated_grids)
 
 
 class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
@@ -378,6 +409,15 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         """As `get_image_features`, one tensor per video."""
         return self.get_image_features(pixel_values_videos, video_grid_thw, **kwargs)
 
+    def placeholder_mask(
+        self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        """(B, L) where the placeholder token stands: by its id, or by its embedding where there are no ids."""
+        if input_ids is not None and input_ids.shape[-1]:
+            return input_ids == token_id
+        placeholder = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
+        return (inputs_embeds == placeholder).all(-1)
+
     def insert_features(
         self,
         kind: str,
@@ -391,11 +431,7 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         Raises:
             ValueError: the number of placeholders is not the number of feature rows.
         """
-        if input_ids is not None:
-            mask = input_ids == token_id
-        else:
-            placeholder = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
-            mask = (inputs_embeds == placeholder).all(-1)
+        mask = self.placeholder_mask(token_id, input_ids, inputs_embeds)
         if (found := int(mask.sum())) != features.shape[0]:
             raise ValueError(
                 f"{found} {kind} placeholder tokens (id {token_id}) in the prompt, but the {kind} inputs give "
@@ -468,6 +504,33 @@ class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel
         self.model = LlavaOnevision1_5Model(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """Repeats each prompt for beams and several answers. Its images are repeated as a whole, not row by row."""
+        if expand_size == 1:
+            return input_ids, model_kwargs
+        expanded = {}
+        for token_id, pixels_name, grid_name in (
+            (self.config.image_token_id, "pixel_values", "image_grid_thw"),
+            (self.config.video_token_id, "pixel_values_videos", "video_grid_thw"),
+        ):
+            pixels, grid_thw = model_kwargs.pop(pixels_name, None), model_kwargs.pop(grid_name, None)
+            if pixels is not None and grid_thw is not None:
+                mask = self.model.placeholder_mask(token_id, input_ids, model_kwargs.get("inputs_embeds"))
+                merged = self.model.visual.spatial_merge_size**2
+                expanded[pixels_name], expanded[grid_name] = repeat_per_prompt(
+                    pixels, grid_thw, [merged * tokens for tokens in mask.sum(-1).tolist()], expand_size
+                )
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, **expanded}
 
     def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs: Any) -> Any:
         """See `LlavaOnevision1_5Model.get_image_features`."""

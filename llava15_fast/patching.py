@@ -32,6 +32,7 @@ from .modeling import (
     LlavaOnevision1_5Model,
     LlavaOnevision1_5VisionAttention,
     LlavaOnevision1_5VisionModel,
+    LlavaOnevision1_5VisionPatchMerger,
     LlavaOnevision1_5VisionRotaryEmbedding,
 )
 from .replacements import SITES, Site
@@ -49,7 +50,8 @@ class Target:
         path: module path below `LlavaOnevision1_5Model`, `*` for every index.
         module_class: the class the module must be an instance of.
         parameters: names of the parameters that the class's method must have.
-        replacement: module-level function with the same parameters, after the module.
+        replacement: module-level function with the same parameters, after the module; None for a module that is only read
+            by the replacement of another, and must be what that expects.
         kernels: what runs in it, for the report.
         attribute: the method.
     """
@@ -57,13 +59,12 @@ class Target:
     path: str
     module_class: type[nn.Module]
     parameters: tuple[str, ...]
-    replacement: Callable[..., Any]
-    kernels: tuple[str, ...]
+    replacement: Callable[..., Any] | None
+    kernels: tuple[str, ...] = ()
     attribute: str = "forward"
 
 
 _LAYER = "language_model.layers.*"
-# post_attention_layernorm is not among them: it runs inside the layer's fused call.
 _NORMS = (
     f"{_LAYER}.input_layernorm",
     f"{_LAYER}.self_attn.q_norm",
@@ -123,10 +124,14 @@ TARGETS: tuple[Target, ...] = (
         replacements.text_attention_forward,
         ("flash_attn_varlen_func, causal",),
     ),
+    # These run inside the fused calls of the modules around them.
+    Target(f"{_LAYER}.post_attention_layernorm", Qwen3RMSNorm, ("hidden_states",), None),
+    Target("visual.merger", LlavaOnevision1_5VisionPatchMerger, ("hidden_states",), None),
+    Target("visual.merger.ln_q", nn.LayerNorm, ("input",), None),
     *(Target(path, Qwen3RMSNorm, ("hidden_states",), replacements.rms_norm_forward, ("rms_norm",)) for path in _NORMS),
 )
 
-_REPLACEMENTS = frozenset(target.replacement for target in TARGETS)
+_REPLACEMENTS = frozenset(target.replacement for target in TARGETS if target.replacement is not None)
 
 
 def patch(model: nn.Module, backend: Backend = "auto") -> PatchHandle:
@@ -150,12 +155,15 @@ def patch(model: nn.Module, backend: Backend = "auto") -> PatchHandle:
     found = [(target, path, module) for target in TARGETS for path, module in _resolve(root, target)]
     if not found:
         raise PatchError(f"{type(root).__name__} has no layers to patch")
+    for target, path, module in found:
+        _check_untouched(target, path, module)
     if (current := _sites(root)) and all(site.backend == backend for site in current):
         return PatchHandle(model)
     unpatch(model)
     try:
         for target, path, module in found:
-            _install(target, path, module, backend)
+            if target.replacement is not None:
+                _install(target, path, module, backend)
     except BaseException:
         unpatch(model)
         raise
@@ -305,6 +313,10 @@ def _resolve(root: nn.Module, target: Target) -> list[tuple[str, nn.Module]]:
         if not isinstance(module, target.module_class):
             raise PatchError(f"{path} is a {type(module).__name__}, expected {target.module_class.__name__}")
         method = getattr(type(module), target.attribute, None)
+        if method is not getattr(target.module_class, target.attribute, None):
+            raise PatchError(
+                f"{path}: {type(module).__name__} has its own {target.attribute}, expected {target.module_class.__name__}'s"
+            )
         parameters = tuple(inspect.signature(method).parameters)[1:] if method else None
         if parameters != target.parameters:
             raise PatchError(
@@ -314,15 +326,21 @@ def _resolve(root: nn.Module, target: Target) -> list[tuple[str, nn.Module]]:
 
 
 def _install(target: Target, path: str, module: nn.Module, backend: str) -> None:
-    # accelerate keeps the forward that its hook wraps under this name.
-    slot = "_old_forward" if target.attribute == "forward" and hasattr(module, "_hf_hook") else target.attribute
-    present = module.__dict__.get(slot)
-    if present is not None and not (
-        isinstance(present, MethodType) and present.__func__ is getattr(type(module), target.attribute)
-    ):
-        raise PatchError(f"{path}.{target.attribute} was already replaced by {present!r}: undo that before patching")
+    slot = _slot(target, module)
     module.__dict__.setdefault(SITES, {})[target.attribute] = Site(path, target.attribute, target.kernels, backend)
     module.__dict__[slot] = functools.partial(target.replacement, module)
+
+
+def _slot(target: Target, module: nn.Module) -> str:
+    """The attribute that holds the method; accelerate keeps a forward that its hook wraps under another name."""
+    return "_old_forward" if target.attribute == "forward" and hasattr(module, "_hf_hook") else target.attribute
+
+
+def _check_untouched(target: Target, path: str, module: nn.Module) -> None:
+    present = module.__dict__.get(_slot(target, module))
+    is_method = isinstance(present, MethodType) and present.__func__ is getattr(type(module), target.attribute)
+    if present is not None and not is_method and not _is_ours(present):
+        raise PatchError(f"{path}.{target.attribute} was already replaced by {present!r}: undo that before patching")
 
 
 def _is_ours(value: Any) -> bool:

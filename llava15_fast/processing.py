@@ -9,8 +9,10 @@ processor needs torchvision, so a video is taken as its frames: a list of images
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,13 +32,18 @@ IMAGE_OPTIONS = frozenset(Qwen2VLImageProcessorKwargs.__annotations__) - {"retur
 
 
 def read_image(source: ImageSource) -> Image.Image | np.ndarray | torch.Tensor:
-    """An upright RGB image of a path, an address, base64 text or a Pillow image; arrays are returned as they are.
+    """An upright RGB image of a path, an address, base64 text or a Pillow image, or of a grey array; arrays with colours are
+    returned as they are.
 
     Raises:
         ValueError: the image cannot be read; the message names it.
     """
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        return source
+        if 0 in source.shape:
+            raise ValueError(f"an image array of shape {tuple(source.shape)} holds no pixels")
+        if source.ndim != 2:
+            return source
+        source = Image.fromarray(np.asarray(source))
     if not isinstance(source, (str, PathLike, Image.Image)):
         raise ValueError(
             f"an image is given as {type(source).__name__}, expected a path, an address, a Pillow image or an array"
@@ -45,7 +52,7 @@ def read_image(source: ImageSource) -> Image.Image | np.ndarray | torch.Tensor:
     try:
         if isinstance(source, Image.Image):
             image = source
-        elif isinstance(source, str) and source.startswith(("http://", "https://", "data:image/")):
+        elif isinstance(source, str) and (source.startswith(("http://", "https://", "data:image/")) or _is_base64(source)):
             image = load_image(source)
         else:
             image = Image.open(source)
@@ -60,6 +67,10 @@ def read_image(source: ImageSource) -> Image.Image | np.ndarray | torch.Tensor:
         raise ValueError(f"cannot read image {name}: not an image that Pillow knows") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read image {name}: {error}") from None
+
+
+def _is_base64(text: str) -> bool:
+    return len(text) > 64 and re.fullmatch(r"[A-Za-z0-9+/\s]+={0,2}\s*", text) is not None and not Path(text[:255]).exists()
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
@@ -119,6 +130,8 @@ class LlavaOnevision1_5Processor(ProcessorMixin):
         tokenizer: Any = None,
         chat_template: str | None = None,
     ) -> None:
+        if image_processor is None or tokenizer is None:
+            raise ValueError("the processor needs an image_processor and a tokenizer")
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
         if image_processor.temporal_patch_size != 1:
             raise ValueError(f"temporal_patch_size of the image processor is {image_processor.temporal_patch_size}, expected 1")
@@ -140,7 +153,12 @@ class LlavaOnevision1_5Processor(ProcessorMixin):
         # The published files may leave this to the class, whose default is Qwen2-VL's 2.
         image_processor.temporal_patch_size = 1
         image_processor.size = _pixel_limits(image_processor.size, pixels)
-        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except Exception as error:  # the tokenizers library raises bare ones, without a file's name
+            raise ValueError(f"cannot load the tokenizer of {pretrained_model_name_or_path}: {error}") from error
+        # What `generate` needs; a user's choice, here or later on the tokenizer, counts.
+        tokenizer.padding_side = kwargs.get("padding_side", "left")
         return cls(image_processor, tokenizer, chat_template=processor_dict.get("chat_template"))
 
     def __call__(
@@ -158,7 +176,7 @@ class LlavaOnevision1_5Processor(ProcessorMixin):
             videos: one video, a list, or a list per prompt; a video is a list of frames or an array of them.
             **kwargs: the tokenizer's options (`padding`, `return_tensors`, ...) and the image processor's
                 (`min_pixels`, `max_pixels`, `size`, ...), also inside `text_kwargs`, `images_kwargs`, `videos_kwargs`.
-                Padding is on the left unless `padding_side` says otherwise, because that is what `generate` needs.
+                Padding is on the side that the tokenizer says, which `from_pretrained` sets to the left.
 
         Returns:
             `input_ids`, `attention_mask`, and `pixel_values`, `image_grid_thw`, `pixel_values_videos`, `video_grid_thw` where
@@ -183,9 +201,9 @@ class LlavaOnevision1_5Processor(ProcessorMixin):
         return_tensors = text_options.get("return_tensors")
         if text is not None:
             prompts = [text] if isinstance(text, str) else list(text)
+            _check_per_prompt(prompts, self.image_token, images, "images")
             prompts = self._expand(prompts, self.image_token, image_tokens, "image")
             prompts = self._expand(prompts, self.video_token, video_tokens, "video")
-            text_options.setdefault("padding_side", "left")
             data = {**self.tokenizer(prompts, **text_options), **data}
         elif not data:
             raise ValueError("pass at least one of text, images and videos")
@@ -204,7 +222,11 @@ class LlavaOnevision1_5Processor(ProcessorMixin):
         )
 
     def _video_patches(self, frames: list[Any], options: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        patches, grids = self._patches([read_image(frame) for frame in frames], options)
+        try:
+            images = [read_image(frame) for frame in frames]
+        except ValueError as error:
+            raise ValueError(f"{error}; a video is given as its frames, a file has to be decoded first") from None
+        patches, grids = self._patches(images, options)
         if (grids != grids[0]).any():
             raise ValueError(f"the frames of a video have different sizes: grids {grids[:, 1:].tolist()}")
         return patches, np.array([len(frames), *grids[0, 1:]])
@@ -238,11 +260,26 @@ def _pixel_limits(size: Any, options: dict[str, Any]) -> dict[str, int]:
         limits["shortest_edge"] = options["min_pixels"]
     if options.get("max_pixels") is not None:
         limits["longest_edge"] = options["max_pixels"]
+    # A limit of the call that passes the configured other one takes it along.
+    if options.get("min_pixels") is None:
+        limits["shortest_edge"] = min(limits.values())
+    if options.get("max_pixels") is None:
+        limits["longest_edge"] = max(limits.values())
     if not 0 < limits["shortest_edge"] <= limits["longest_edge"]:
         raise ValueError(
             f"min_pixels {limits['shortest_edge']} and max_pixels {limits['longest_edge']}: expected 0 < min <= max"
         )
     return limits
+
+
+def _check_per_prompt(prompts: list[str], token: str, items: Any, kind: str) -> None:
+    """A list of lists is one list per prompt."""
+    if not isinstance(items, (list, tuple)) or not all(isinstance(own, (list, tuple)) for own in items):
+        return
+    counts = [len(list(_flatten(own))) for own in items]
+    found = [prompt.count(token) for prompt in prompts]
+    if counts != found:
+        raise ValueError(f"{kind} per prompt are {counts}, but the prompts have {found} {token} placeholders")
 
 
 def _split_options(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

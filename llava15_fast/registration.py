@@ -1,6 +1,7 @@
 """Makes transformers know the model: Auto classes, tensor names of the two checkpoint formats, names to import.
 
-Done once, when `llava15_fast` is imported. Nothing here changes another model's behaviour.
+Done once, when `llava15_fast` is imported. Another model is loaded as before; `AutoProcessor.from_pretrained` looks at its
+`model_type` first.
 """
 
 from __future__ import annotations

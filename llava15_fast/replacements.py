@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from llava15_kernels import flash_attn_varlen_func, patch_merge, rms_norm, vision_rope_2d
-from llava15_kernels._dispatch import choose_backend
+from llava15_kernels._dispatch import FLOAT_DTYPES, choose_backend
 from llava15_kernels.vision_rope import apply_rope_tables, vision_rope_tables
 
 from .modeling import VisionLayout
@@ -56,6 +56,8 @@ class Site:
         """
         if records_gradient(module, x):
             return self.fall_back(GRADIENT)
+        if x.dtype not in FLOAT_DTYPES:
+            return self.fall_back(f"no kernel for {x.dtype}")
         if any(has_user_hooks(child) for child in skipped):
             return self.fall_back(HOOKED)
         backend = choose_backend(self.path, self.backend, x)
@@ -130,12 +132,14 @@ def vision_attention_forward(
         query, key = vision_rope_2d(query, key, *position_embeddings, backend=backend)
     else:
         query, key = apply_rope_tables(query, key, *position_embeddings)
+    # accelerate moves tensors between the devices of a split model, but not what a layout holds.
+    cu_seqlens = layout.cu_seqlens.to(query.device)
     attended = flash_attn_varlen_func(
         query,
         key,
         value,
-        layout.cu_seqlens,
-        layout.cu_seqlens,
+        cu_seqlens,
+        cu_seqlens,
         layout.max_seqlen,
         layout.max_seqlen,
         softmax_scale=module.scaling,
@@ -154,11 +158,11 @@ def merge_patches(module: nn.Module, hidden_states: torch.Tensor, layout: Vision
         merger.ln_q.weight,
         merger.ln_q.bias,
         merger.ln_q.eps,
-        layout.cu_seqlens,
+        layout.cu_seqlens.to(hidden_states.device),
         module.spatial_merge_size,
         backend=backend,
     )
-    return hidden_states[layout.patch_rows], merger.mlp(merged)
+    return hidden_states[layout.patch_rows.to(hidden_states.device)], merger.mlp(merged)
 
 
 def rms_norm_forward(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -192,7 +196,11 @@ def decoder_layer_forward(
     if backend is None:
         return type(module).forward(module, hidden_states, **inputs)
     attended, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **inputs)
-    normed, residual = rms_norm(attended, norm.weight, norm.variance_epsilon, hidden_states, backend=backend)
+    # Under autocast the two differ, and the sum takes the wider one.
+    dtype = torch.promote_types(attended.dtype, hidden_states.dtype)
+    normed, residual = rms_norm(
+        attended.to(dtype), norm.weight, norm.variance_epsilon, hidden_states.to(dtype), backend=backend
+    )
     return residual + module.mlp(normed)
 
 
@@ -220,6 +228,8 @@ class TextLayout:
         """The layout of a first forward, or the reason why transformers' own attention has to run."""
         if records_gradient(module, inputs_embeds):
             return GRADIENT
+        if inputs_embeds.dtype not in FLOAT_DTYPES:
+            return f"no kernel for {inputs_embeds.dtype}"
         if past_key_values is not None and past_key_values.get_seq_length() != 0:
             return "the cache is already filled (decoding)"
         if options.get("output_attentions", module.config.output_attentions):
@@ -319,12 +329,14 @@ def text_attention_forward(
     query, key = apply_rotary_pos_emb(query, key, *position_embeddings, unsqueeze_dim=2)
     if past_key_values is not None:
         past_key_values.update(key.transpose(1, 2), value.transpose(1, 2), module.layer_idx)
+    cu_seqlens = layout.cu_seqlens.to(query.device)
     attended = flash_attn_varlen_func(
-        query.flatten(0, 1),
-        key.flatten(0, 1),
+        # Under autocast the norms' float32 weights widen queries and keys, values stay narrow.
+        query.flatten(0, 1).to(value.dtype),
+        key.flatten(0, 1).to(value.dtype),
         value.flatten(0, 1),
-        layout.cu_seqlens,
-        layout.cu_seqlens,
+        cu_seqlens,
+        cu_seqlens,
         layout.max_seqlen,
         layout.max_seqlen,
         softmax_scale=module.scaling,

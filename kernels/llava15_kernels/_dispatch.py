@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import cache
+from itertools import pairwise
 from typing import Literal
 
 import torch
 import triton
+from torch._subclasses.fake_tensor import is_fake
 
 logger = logging.getLogger("llava15_kernels")
 
@@ -129,6 +132,26 @@ def choose_backend(op: str, backend: Backend, *tensors: torch.Tensor | None) -> 
 @cache
 def _log_gradient(op: str) -> None:
     logger.warning("%s: a gradient is needed and the Triton kernel is forward only, so the torch version runs", op)
+
+
+DEBUG = os.environ.get("LLAVA15_DEBUG", "0") == "1"
+"""Whether lengths that lie in a GPU's memory are checked too, at the price of reading them back in every call."""
+
+
+def check_bounds(op: str, name: str, cu_seqlens: torch.Tensor, total: int, max_seqlen: int | None = None) -> None:
+    """Checks what running sums of lengths say, wherever the host can see it without waiting for a device.
+
+    Raises:
+        ValueError: they do not rise from 0 to `total`, or a segment is longer than `max_seqlen`.
+    """
+    if torch.compiler.is_compiling() or is_fake(cu_seqlens) or not (cu_seqlens.device.type == "cpu" or DEBUG):
+        return
+    bounds = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(bounds)]
+    if bounds[0] != 0 or bounds[-1] != total or min(lengths, default=0) < 0:
+        raise ValueError(f"{op}: {name} is {bounds}, expected to rise from 0 to the {total} rows")
+    if max_seqlen is not None and max(lengths, default=0) > max_seqlen:
+        raise ValueError(f"{op}: {name} has a segment of {max(lengths)} rows, longer than max_seqlen {max_seqlen}")
 
 
 def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager:

@@ -27,7 +27,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ._dispatch import INTERPRETED, LAUNCH_OPTIONS, Backend, architecture, choose_backend, device_guard, needs_grad
+from ._dispatch import (
+    INTERPRETED,
+    LAUNCH_OPTIONS,
+    Backend,
+    architecture,
+    check_bounds,
+    choose_backend,
+    device_guard,
+    needs_grad,
+)
 from .cost import Cost, declares_cost, nbytes
 
 MAX_HEAD_DIM = 256
@@ -185,6 +194,7 @@ def _(
 ) -> torch.Tensor:
     heads, head_dim = q.shape[1:]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0 or max_seqlen_q == 0:
         return out
@@ -274,7 +284,7 @@ def flash_attn_varlen_func(
     """
     for name, value, default in (
         ("dropout_p", dropout_p, 0.0),
-        ("window_size", tuple(window_size), (-1, -1)),
+        ("window_size", window_size and tuple(window_size), (-1, -1)),
         ("softcap", softcap, 0.0),
         ("alibi_slopes", alibi_slopes, None),
         ("return_attn_probs", return_attn_probs, False),
@@ -283,6 +293,8 @@ def flash_attn_varlen_func(
         if value is not default and value != default:
             raise NotImplementedError(f"flash_attn_varlen_func: {name}={value!r} is not supported, expected {default!r}")
     _check_shapes(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    check_bounds("flash_attn_varlen_func", "cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+    check_bounds("flash_attn_varlen_func", "cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     if choose_backend("flash_attn_varlen_func", backend, q, k, v) == "torch":
@@ -297,7 +309,14 @@ def _check_shapes(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor
 ) -> None:
     op = "flash_attn_varlen_func"
-    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[1] % max(k.shape[1], 1):
+    if (
+        q.ndim != 3
+        or k.ndim != 3
+        or k.shape != v.shape
+        or q.shape[-1] != k.shape[-1]
+        or k.shape[1] == 0
+        or q.shape[1] % k.shape[1]
+    ):
         raise ValueError(
             f"{op}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, expected (total_q, heads, head_dim) and twice "
             "(total_k, kv_heads, head_dim), heads a multiple of kv_heads"
@@ -307,7 +326,12 @@ def _check_shapes(
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"{op}: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, expected one dtype")
     for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.shape != cu_seqlens_q.shape:
+        if (
+            cu_seqlens.ndim != 1
+            or cu_seqlens.shape[0] == 0
+            or cu_seqlens.dtype != torch.int32
+            or cu_seqlens.shape != cu_seqlens_q.shape
+        ):
             raise ValueError(
                 f"{op}: {name} is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, expected int32 (segments + 1,), equally long"
             )

@@ -167,6 +167,7 @@ def _(
     if out.numel() == 0:
         return out
     q = q if q.stride(-1) == 1 else q.contiguous()
+    cache_seqlens, cache_leftpad = cache_seqlens.contiguous(), cache_leftpad.contiguous()
     plan = _Plan.choose(q, k_cache, num_splits)
     splits = plan.splits
     rows = batch * n_queries * heads
@@ -276,7 +277,7 @@ def flash_attn_with_kvcache(
         ("rotary_sin", rotary_sin, None),
         ("cache_batch_idx", cache_batch_idx, None),
         ("block_table", block_table, None),
-        ("window_size", tuple(window_size), (-1, -1)),
+        ("window_size", window_size and tuple(window_size), (-1, -1)),
         ("softcap", softcap, 0.0),
         ("alibi_slopes", alibi_slopes, None),
         ("return_softmax_lse", return_softmax_lse, False),
@@ -284,6 +285,8 @@ def flash_attn_with_kvcache(
         if value is not default and (isinstance(value, torch.Tensor) or value != default):
             raise NotImplementedError(f"flash_attn_with_kvcache: {name} is not supported, expected {default!r}")
     batch, capacity = _check(q, k_cache, v_cache)
+    if num_splits < 0:
+        raise ValueError(f"flash_attn_with_kvcache: num_splits {num_splits}, expected 0 (chosen here) or more")
     if cache_seqlens is None:
         cache_seqlens = capacity
     if isinstance(cache_seqlens, int):
@@ -314,7 +317,8 @@ def _check(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> tup
         or k_cache.shape != v_cache.shape
         or q.shape[0] != k_cache.shape[0]
         or q.shape[-1] != k_cache.shape[-1]
-        or q.shape[2] % max(k_cache.shape[2], 1)
+        or k_cache.shape[2] == 0
+        or q.shape[2] % k_cache.shape[2]
     ):
         raise ValueError(
             f"{op}: q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}, expected (B, L, heads, "

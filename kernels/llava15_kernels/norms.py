@@ -251,6 +251,8 @@ def layer_norm(
 
 def _check(op: str, x: torch.Tensor, residual: torch.Tensor | None, **vectors: torch.Tensor) -> None:
     for name, vector in vectors.items():
+        if not isinstance(vector, torch.Tensor):
+            raise TypeError(f"{op}: {name} is {type(vector).__name__}, expected a tensor")
         if x.ndim == 0 or vector.shape != x.shape[-1:] or not 0 < x.shape[-1] <= MAX_WIDTH:
             raise ValueError(
                 f"{op}: x {tuple(x.shape)} with {name} {tuple(vector.shape)}, expected (..., N) and (N,), N <= {MAX_WIDTH}"

@@ -19,10 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ._dispatch import LAUNCH_OPTIONS, Backend, choose_backend, device_guard
+from ._dispatch import LAUNCH_OPTIONS, Backend, check_bounds, choose_backend, device_guard
 from .cost import Cost, declares_cost, nbytes
-
-MAX_WIDTH = 16384
+from .norms import MAX_WIDTH, layer_norm_ref
 
 
 @triton.jit
@@ -62,10 +61,11 @@ torch.library.define(
 )
 
 
-def _empty_output(x: torch.Tensor, cu_seqlens: torch.Tensor, merge_size: int) -> torch.Tensor:
+def _empty_output(x: torch.Tensor, weight: torch.Tensor, cu_seqlens: torch.Tensor, merge_size: int) -> torch.Tensor:
     n_patches = x.shape[0] - (cu_seqlens.shape[0] - 1)
     block = merge_size**2
-    return torch.empty((n_patches // block, block * x.shape[1]), dtype=x.dtype, device=x.device)
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    return torch.empty((n_patches // block, block * x.shape[1]), dtype=dtype, device=x.device)
 
 
 @torch.library.impl("llava15::patch_merge", ("cpu", "cuda"))
@@ -73,7 +73,7 @@ def _(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, cu_seqlens: torch.Tensor, merge_size: int
 ) -> torch.Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
-    out = _empty_output(x, cu_seqlens, merge_size)
+    out = _empty_output(x, weight, cu_seqlens, merge_size)
     if out.numel() == 0:
         return out
     width, n_segments = x.shape[1], cu_seqlens.shape[0] - 1
@@ -93,13 +93,14 @@ def _(
 def _(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, cu_seqlens: torch.Tensor, merge_size: int
 ) -> torch.Tensor:
-    return _empty_output(x, cu_seqlens, merge_size)
+    return _empty_output(x, weight, cu_seqlens, merge_size)
 
 
 @declares_cost("patch_merge")
 def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, cu_seqlens: torch.Tensor, merge_size: int) -> Cost:
     patches = nbytes(x) - (cu_seqlens.shape[0] - 1) * x.shape[1] * x.element_size()
-    return Cost(1, patches + nbytes(weight, bias, cu_seqlens), patches)
+    written = nbytes(_empty_output(x.to("meta"), weight, cu_seqlens, merge_size))
+    return Cost(1, patches + nbytes(weight, bias, cu_seqlens), written)
 
 
 def patch_merge(
@@ -123,7 +124,7 @@ def patch_merge(
         backend: see `_dispatch`.
 
     Returns:
-        (N / merge_size^2, merge_size^2 * C) in the dtype of `x`, N = S - segments.
+        (N / merge_size^2, merge_size^2 * C) in the promoted dtype of `x` and `weight`, N = S - segments.
 
     Raises:
         ValueError: shapes that do not fit, tensors on different devices, or C above 16384.
@@ -140,6 +141,9 @@ def patch_merge(
         )
     if cu_seqlens.device != x.device:
         raise ValueError(f"patch_merge: cu_seqlens on {cu_seqlens.device}, x on {x.device}, expected one device")
+    if merge_size < 1:
+        raise ValueError(f"patch_merge: merge_size {merge_size}, expected at least 1")
+    check_bounds("patch_merge", "cu_seqlens", cu_seqlens, x.shape[0])
     n_patches = x.shape[0] - (cu_seqlens.shape[0] - 1)
     if n_patches < 0 or n_patches % merge_size**2:
         raise ValueError(
@@ -162,5 +166,5 @@ def patch_merge_ref(
     """The eager reference."""
     is_patch = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
     is_patch[cu_seqlens[:-1].long()] = False
-    normed = torch.nn.functional.layer_norm(x[is_patch], x.shape[1:], weight, bias, eps)
+    normed = layer_norm_ref(x[is_patch], weight, bias, eps)
     return normed.reshape(-1, merge_size**2 * x.shape[1])

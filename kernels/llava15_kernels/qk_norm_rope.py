@@ -24,9 +24,8 @@ import triton.language as tl
 
 from ._dispatch import LAUNCH_OPTIONS, Backend, choose_backend, device_guard, warps_for
 from .cost import Cost, declares_cost, nbytes
+from .flash_attn import MAX_HEAD_DIM
 from .norms import rms_norm_ref
-
-MAX_HEAD_DIM = 256
 
 
 @triton.jit
@@ -125,9 +124,11 @@ def _launch(
     batch, length, q_heads, head_dim = q.shape
     kv_heads = k.shape[2]
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if q.numel() == 0:
+    if k.numel() == 0:
         return q_out
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    position_ids, inv_freq = position_ids.contiguous(), inv_freq.contiguous()
+    cache_seqlens = None if cache_seqlens is None else cache_seqlens.contiguous()
     has_cache = v is not None
     v = k if v is None else v if v.stride(-1) == 1 else v.contiguous()
     v_out = k_out if v_out is None else v_out
@@ -328,6 +329,8 @@ def _check(
             f"{op}: q {tuple(q.shape)}, k {tuple(k.shape)}, expected (B, L, heads, head_dim) and (B, L, kv_heads, head_dim)"
         )
     batch, length, _, head_dim = q.shape
+    if k.shape[2] == 0:
+        raise ValueError(f"{op}: k {tuple(k.shape)} has no heads, expected at least one")
     if head_dim % 2 or not 0 < head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"{op}: head_dim {head_dim} is not supported, expected an even number up to {MAX_HEAD_DIM}")
     if q.dtype != k.dtype:

@@ -85,7 +85,7 @@ def _(
     block_s = max(1, 2048 // (block_h * block_d))
     with device_guard(q):
         _vision_rope_kernel[(triton.cdiv(n_rows, block_s),)](
-            q, k, q_out, k_out, position_ids.contiguous(), inv_freq, class_pos_emb.contiguous(),
+            q, k, q_out, k_out, position_ids.contiguous(), inv_freq.contiguous(), class_pos_emb.contiguous(),
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), n_rows,
             HEADS=heads, HALF=head_dim // 2, BLOCK_S=block_s, BLOCK_H=block_h, BLOCK_D=block_d,
             num_warps=4, **LAUNCH_OPTIONS,
@@ -132,6 +132,8 @@ def vision_rope_2d(
         ValueError: shapes that do not fit, or tensors on different devices.
         TypeError: an unsupported dtype.
     """
+    if q.ndim != 3 or q.shape[-1] % 4:
+        raise ValueError(f"vision_rope_2d: q has shape {tuple(q.shape)}, expected (S, heads, head_dim), head_dim % 4 == 0")
     head_dim = q.shape[-1]
     expected = {
         "k": (k.shape, q.shape),
@@ -139,8 +141,6 @@ def vision_rope_2d(
         "inv_freq": (inv_freq.shape, (head_dim // 4,)),
         "class_pos_emb": (class_pos_emb.flatten().shape, (head_dim // 2,)),
     }
-    if q.ndim != 3 or head_dim % 4:
-        raise ValueError(f"vision_rope_2d: q has shape {tuple(q.shape)}, expected (S, heads, head_dim), head_dim % 4 == 0")
     for name, (found, wanted) in expected.items():
         if tuple(found) != tuple(wanted):
             raise ValueError(f"vision_rope_2d: {name} has shape {tuple(found)}, expected {tuple(wanted)}")

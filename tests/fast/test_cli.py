@@ -81,3 +81,16 @@ def test_a_corrupt_checkpoint_is_one_line(tmp_path):
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     fails("generate", "--model", str(tmp_path), "--prompt", "x", cwd=tmp_path, match="model.safetensors is not a complete")
+
+
+def test_an_incomplete_checkpoint_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for file in CHECKPOINT.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = {name: value for name, value in load_file(CHECKPOINT / "model.safetensors").items() if "blocks.0" not in name}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    fails("generate", "--model", str(tmp_path), "--prompt", "x", cwd=tmp_path, match="lacks 12 tensors")
+    (tmp_path / "tokenizer.json").write_text("{")
+    fails("generate", "--model", str(tmp_path), "--prompt", "x", cwd=tmp_path, match="cannot load the tokenizer")
+    fails("generate", "--model", "nowhere", "--prompt", "x", cwd=tmp_path, match="no checkpoint folder 'nowhere'")

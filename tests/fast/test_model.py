@@ -136,6 +136,46 @@ def test_live_names_are_the_originals(tiny):
     assert {name: list(parameter.shape) for name, parameter in tiny.named_parameters()} == expected
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", ["one_image", "two_images", "video", "batch_left_pad"])
+def test_images_are_repeated_as_a_whole(tiny, golden, case, mode):
+    """Several answers to a prompt that each take the best token are the greedy answer, several times."""
+    if mode == "triton" and case != "batch_left_pad":
+        return  # the pixels are repeated before any kernel runs; one case shows that it arrives there
+    inputs, expected, _ = golden[case]
+    inputs = {key: value for key, value in inputs.items() if key != "labels"}
+    if mode is not None:
+        llava15_fast.patch(tiny, mode)
+    options = {"max_new_tokens": 12 if mode != "triton" else 2, "eos_token_id": None, "pad_token_id": 0}
+    output = tiny.generate(**inputs, **options, do_sample=True, top_k=1, num_return_sequences=3)
+    wanted = expected["greedy_ids"][:, : options["max_new_tokens"]].repeat_interleave(3, dim=0)
+    assert torch.equal(output[:, inputs["input_ids"].shape[1] :], wanted)
+
+
+def test_beams_see_the_image(tiny, golden):
+    """A beam's score is the log-probability of its tokens about the real image."""
+    inputs, _, _ = golden["two_images"]
+    inputs = {key: value for key, value in inputs.items() if key != "labels"}
+    output = tiny.generate(
+        **inputs, max_new_tokens=5, num_beams=3, do_sample=False, eos_token_id=None, pad_token_id=0,
+        return_dict_in_generate=True, output_scores=True, length_penalty=0.0,
+    )  # fmt: skip
+    ids = output.sequences
+    vision = {key: inputs[key] for key in ("pixel_values", "image_grid_thw")}
+    with torch.no_grad():
+        logprobs = tiny(input_ids=ids, **vision).logits.log_softmax(-1)
+    start = inputs["input_ids"].shape[1]
+    score = logprobs[0, start - 1 : -1].gather(-1, ids[0, start:, None]).sum()
+    torch.testing.assert_close(output.sequences_scores[0], score, rtol=0, atol=1e-3)
+
+
+def test_half_keeps_the_frequencies_exact(tiny):
+    expected = tiny.model.visual.rotary_pos_emb.inv_freq.clone()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        tiny.to(dtype)
+        assert torch.equal(tiny.model.visual.rotary_pos_emb.inv_freq, expected)
+
+
 # Loading and saving
 
 
@@ -263,6 +303,8 @@ def test_grid_and_pixels_must_match(tiny, golden):
         tiny.model.visual(pixels[:, :100], grid_thw=inputs["grid_thw"])
     with pytest.raises(ValueError, match=r"expected \(images, 3\)"):
         tiny.model.visual(pixels, grid_thw=torch.tensor([1, 4, 6]))
+    with pytest.raises(ValueError, match=r"grid_thw has shape \(0, 3\)"):
+        tiny.model.visual(pixels[:0], grid_thw=torch.zeros(0, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="on device meta"):
         tiny.model.visual(pixels.to("meta"), grid_thw=inputs["grid_thw"])
 

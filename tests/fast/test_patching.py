@@ -168,7 +168,7 @@ def test_signatures_are_the_originals(tiny):
 
 
 def test_replacements_have_the_declared_parameters():
-    for target in TARGETS:
+    for target in (target for target in TARGETS if target.replacement is not None):
         assert tuple(inspect.signature(target.replacement).parameters)[1:] == target.parameters, target.path
 
 
@@ -328,6 +328,72 @@ def test_a_changed_signature_is_named(tiny, monkeypatch):
     changed = Target(target.path, target.module_class, ("x",), target.replacement, target.kernels)
     monkeypatch.setattr(patching_module, "TARGETS", (*TARGETS, changed))
     refused(tiny, r"Qwen3Attention\.forward has parameters .*expected \('x',\)")
+
+
+@pytest.mark.parametrize("path", ["language_model.norm", "language_model.layers.0.post_attention_layernorm", "visual.merger"])
+def test_a_module_that_computes_something_else_is_named(tiny, path):
+    """Of a class of its own, or with a forward of its own: also where a fused call only reads its weights."""
+    module = tiny.model.get_submodule(path)
+    original = type(module)
+    module.__class__ = type(
+        "Other", (original,), {"forward": lambda self, hidden_states: 2 * original.forward(self, hidden_states)}
+    )
+    refused(tiny, "Other has its own forward")
+    module.__class__ = original
+    module.forward = lambda hidden_states: 3 * original.forward(module, hidden_states)
+    refused(tiny, rf"{path.replace('.', '[.]')}\.forward was already replaced")
+
+
+def test_a_fused_over_module_of_another_class_is_named(tiny):
+    tiny.model.visual.merger.ln_q = nn.RMSNorm(64)
+    refused(tiny, r"visual\.merger\.ln_q is a RMSNorm, expected LayerNorm")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_under_autocast(tiny, inputs, backend):
+    def forward():
+        with torch.no_grad(), torch.autocast(tiny.device.type, torch.float16):
+            return tiny(**inputs).logits.float()
+
+    expected = forward()
+    llava15_fast.patch(tiny, backend)
+    assert ((forward() - expected).abs().max() / expected.abs().max()) < 2e-2
+
+
+def test_float64_runs_the_original(tiny, inputs):
+    """A reference run in float64 is nothing to refuse once the model is patched."""
+    handle = llava15_fast.patch(tiny, "torch")
+    tiny.double()
+    inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+    found = logits(tiny, inputs)
+    llava15_fast.unpatch(tiny)
+    assert torch.equal(found, logits(tiny, inputs)) and found.dtype == torch.float64
+    assert handle.report().rows == ()
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_weights_that_accelerate_brings_on_demand(tiny, inputs, patched):
+    from accelerate import cpu_offload
+
+    expected = logits(tiny, inputs)
+    if patched:
+        llava15_fast.patch(tiny, "torch")
+    cpu_offload(tiny, execution_device=tiny.device)
+    torch.testing.assert_close(logits(tiny, inputs), expected, rtol=0, atol=1e-4)
+
+
+def test_a_model_split_over_devices(tiny, inputs):
+    """The second device is "meta", which computes nothing but is another device."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    text = tiny.model.language_model
+    for module in (text.layers[1], text.layers[2], text.norm, tiny.lm_head):
+        module.to("meta")
+        add_hook_to_module(module, AlignDevicesHook(execution_device="meta", place_submodules=False))
+    prompt = {key: value for key, value in inputs.items() if key != "labels"}
+    llava15_fast.patch(tiny, "torch")
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="meta"):
+        tiny(**prompt, use_cache=False)  # it gets as far as reading lengths on the device that has no data
 
 
 def test_an_unsupported_dtype_is_named(tiny):

@@ -72,6 +72,8 @@ def test_batch_is_padded_on_the_left(processor):
     assert mask.shape[0] == 3 and (mask.diff(dim=-1) >= 0).all() and mask[:, -1].all() and not mask.all()
     right = processor(text=["a", "a b c d"], padding=True, padding_side="right", return_tensors="pt")
     assert right.attention_mask[:, 0].all()
+    chosen = AutoProcessor.from_pretrained(CHECKPOINT, padding_side="right")
+    assert chosen(text=["a", "a b c d"], padding=True, return_tensors="pt").attention_mask[:, 0].all()
 
 
 @pytest.mark.parametrize("kind", ["paths", "images", "arrays", "tensor"])
@@ -104,6 +106,8 @@ def test_pixel_limits(processor):
     assert larger[1] * larger[2] * 14 * 14 >= 800 * 800
     loaded = AutoProcessor.from_pretrained(CHECKPOINT, min_pixels=28 * 28, max_pixels=56 * 56)
     assert np.prod(loaded(images=image, text=IMAGE).image_grid_thw[0]) * 14 * 14 <= 56 * 56
+    # The shipped checkpoint asks for 12544 pixels either way; a limit of the call takes the other one along.
+    assert np.prod(processor(images=image, text=IMAGE, max_pixels=3136).image_grid_thw[0]) * 14 * 14 <= 3136
     with pytest.raises(ValueError, match="min_pixels 5000 and max_pixels 100"):
         processor(images=image, text=IMAGE, min_pixels=5000, max_pixels=100)
 
@@ -207,6 +211,8 @@ def test_counts_must_match(processor):
         processor(text=VIDEO)
     with pytest.raises(ValueError, match="at least one of"):
         processor()
+    with pytest.raises(ValueError, match=r"images per prompt are \[2, 1\], but the prompts have \[1, 2\]"):
+        processor(text=[IMAGE, IMAGE * 2], images=[[picture(), picture()], [picture()]], padding=True)
     with pytest.raises(ValueError, match="no audio"):
         processor(text="x", audio=[0.0])
 
@@ -218,3 +224,21 @@ def test_bad_videos_are_named(processor):
         processor(videos="clip.mp4", text=VIDEO)
     with pytest.raises(ValueError, match="given as int"):
         processor(videos=[3], text=VIDEO)
+    with pytest.raises(ValueError, match=r"clip\.mp4.*has to be decoded first"):
+        processor(videos=["clip.mp4"], text=VIDEO)
+
+
+def test_base64_and_grey_arrays(processor, tmp_path):
+    import base64
+
+    picture().save(tmp_path / "a.png")
+    encoded = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    content = [{"type": "image", "base64": encoded}, {"type": "text", "text": "What is it?"}]
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], **OPTIONS)
+    assert torch.equal(inputs.pixel_values, processor(images=picture(), text=IMAGE, return_tensors="pt").pixel_values)
+    grey = np.asarray(picture().convert("L"))
+    for array in (grey, torch.from_numpy(grey.copy())):
+        assert read_image(array).mode == "RGB"
+    assert np.asarray(read_image(grey > 100)).max() == 255
+    with pytest.raises(ValueError, match="holds no pixels"):
+        processor(images=grey[:0], text=IMAGE)

@@ -159,3 +159,26 @@ def test_the_error_rule_sees_a_lost_key(device):
     with pytest.raises(AssertionError, match="error"):
         assert_close(lost, flash_attn_varlen_ref(q, k, v, cu, cu), ref)
     assert worst(lost, ref)[0] > 1e-2
+
+
+def test_index_tensors_with_strides(device):
+    q, k, v, cu, *rest = inputs([3, 5], None, 4, 2, 16, torch.float32, device)
+    strided = torch.stack([cu, cu + 99], dim=1)[:, 0]
+    assert not strided.is_contiguous()
+    dense = flash_attn_varlen_func(q, k, v, cu, *rest, backend="triton")
+    assert torch.equal(flash_attn_varlen_func(q, k, v, strided, strided, *rest[1:], backend="triton"), dense)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bounds", [[0], [2, 8], [0, 5], [0, 99], [0, 6, 4, 8]])
+def test_bounds_that_do_not_cover_the_rows(device, bounds, backend):
+    """Known to the host on a CPU; on a GPU only with LLAVA15_DEBUG=1, which reads them back."""
+    if device.type != "cpu":
+        pytest.skip("the host does not see them")
+    q, k, v, *_ = inputs([8], None, 2, 2, 16, torch.float32, device)
+    cu = torch.tensor(bounds, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="expected to rise from 0 to the 8 rows"):
+        flash_attn_varlen_func(q, k, v, cu, cu, 99, 99, backend=backend)
+    cu = torch.tensor([0, 8], dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="segment of 8 rows, longer than max_seqlen 5"):
+        flash_attn_varlen_func(q, k, v, cu, cu, 5, 5, backend=backend)

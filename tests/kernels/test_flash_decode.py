@@ -117,3 +117,12 @@ def test_flash_decode_errors(device):
         flash_attn_with_kvcache(torch.randn(2, 80, 4, 16, device=device), k, v)
     with pytest.raises(TypeError, match="float16"):
         flash_attn_with_kvcache(q, k.half(), v.half())
+
+
+def test_expanded_lengths(device):
+    q, k, v = inputs(2, 1, 4, 2, 16, 32, torch.float32, device)
+    expanded = int32(20, device=device).expand(2)
+    found = flash_attn_with_kvcache(q, k, v, cache_seqlens=expanded, backend="triton")
+    assert torch.equal(found, flash_attn_with_kvcache(q, k, v, cache_seqlens=20, backend="triton"))
+    with pytest.raises(ValueError, match="num_splits -1"):
+        flash_attn_with_kvcache(q, k, v, num_splits=-1)

@@ -116,3 +116,32 @@ def test_qk_norm_rope_errors(device):
         qk_norm_rope(*arguments, v=v, k_cache=cache.half(), v_cache=cache, cache_seqlens=seqlens)
     with pytest.raises(ValueError, match="head_dim 320"):
         qk_norm_rope(*inputs(1, 1, 1, 1, 320, torch.float32, device)[0])
+
+
+def test_index_tensors_with_strides(device):
+    (q, k, q_weight, k_weight, eps, positions, inv_freq), v = inputs(2, 3, 4, 2, 16, torch.float32, device)
+    dense = qk_norm_rope(q, k, q_weight, k_weight, eps, positions, inv_freq, backend="triton")
+    strided = positions.T.contiguous().T, inv_freq.repeat_interleave(2)[::2]
+    found = qk_norm_rope(q, k, q_weight, k_weight, eps, *strided, backend="triton")
+    assert all(torch.equal(a, b) for a, b in zip(found, dense, strict=True))
+    cache = torch.zeros(2, 2, 8, 2, 16, device=device)
+    lengths = torch.zeros(1, dtype=torch.int32, device=device).expand(2)
+    qk_norm_rope(
+        q,
+        k,
+        q_weight,
+        k_weight,
+        eps,
+        *strided,
+        v=v,
+        k_cache=cache[0],
+        v_cache=cache[1],
+        cache_seqlens=lengths,
+        backend="triton",
+    )
+    assert torch.equal(cache[0, :, :3], dense[1]) and torch.equal(cache[1, :, :3], v)
+
+
+def test_without_query_heads_the_keys_are_still_written(device):
+    (q, *rest), _ = inputs(1, 3, 4, 2, 16, torch.float32, device)
+    assert torch.equal(qk_norm_rope(q[:, :, :0], *rest, backend="triton")[1], qk_norm_rope(q, *rest, backend="triton")[1])

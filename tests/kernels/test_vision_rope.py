@@ -68,3 +68,11 @@ def test_vision_rope_errors(device):
         vision_rope_2d(q, k, position_ids.float(), inv_freq, class_pos_emb)
     with pytest.raises(TypeError, match="float64"):
         vision_rope_2d(q.double(), k.double(), position_ids, inv_freq, class_pos_emb)
+
+
+def test_vision_rope_with_strided_frequencies(device):
+    q, k, position_ids, inv_freq, class_pos_emb = inputs(8, 2, 32, torch.float32, device)
+    strided = inv_freq.repeat_interleave(2)[::2]
+    dense = vision_rope_2d(q, k, position_ids, inv_freq, class_pos_emb, backend="triton")
+    found = vision_rope_2d(q, k, position_ids, strided, class_pos_emb, backend="triton")
+    assert all(torch.equal(a, b) for a, b in zip(found, dense, strict=True))
