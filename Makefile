@@ -12,7 +12,7 @@ INSTALL_TORCH = $(BIN)/pip install --quiet $(TORCH_ARGS)
 else ifeq ($(HAS_GPU),yes)
 INSTALL_TORCH = $(BIN)/pip install --quiet torch==$(TORCH_VERSION)
 else
-# "+cpu" matches CPU builds only, so that no CUDA packages are ever fetched; elsewhere than here they are PyTorch's own.
+# "+cpu" matches CPU builds only, so that no CUDA packages are ever fetched; where pip knows none, PyTorch's own index does.
 INSTALL_TORCH = $(BIN)/pip install --quiet torch==$(TORCH_VERSION)+cpu || \
 	$(BIN)/pip install --quiet torch==$(TORCH_VERSION)+cpu --index-url https://download.pytorch.org/whl/cpu
 endif

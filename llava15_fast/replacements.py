@@ -17,8 +17,8 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
-from llava15_kernels import flash_attn_varlen_func, patch_merge, rms_norm, vision_rope_2d
-from llava15_kernels._dispatch import FLOAT_DTYPES, choose_backend
+from llava15_kernels import flash_attn_varlen_func, patch_merge, rms_norm, rms_norm_ref, vision_rope_2d
+from llava15_kernels._dispatch import FLOAT_DTYPES, default_backend
 from llava15_kernels.vision_rope import apply_rope_tables, vision_rope_tables
 
 from .modeling import VisionLayout
@@ -60,7 +60,7 @@ class Site:
             return self.fall_back(f"no kernel for {x.dtype}")
         if any(has_user_hooks(child) for child in skipped):
             return self.fall_back(HOOKED)
-        backend = choose_backend(self.path, self.backend, x)
+        backend = default_backend(x.device) if self.backend == "auto" else self.backend
         if not torch.compiler.is_compiling():
             self.ran[backend] += 1
         return backend
@@ -169,6 +169,8 @@ def rms_norm_forward(module: nn.Module, hidden_states: torch.Tensor) -> torch.Te
     backend = site_of(module).start(module, hidden_states)
     if backend is None:
         return type(module).forward(module, hidden_states)
+    if backend == "torch":
+        return rms_norm_ref(hidden_states, module.weight, module.variance_epsilon)
     return rms_norm(hidden_states, module.weight, module.variance_epsilon, backend=backend)
 
 
@@ -198,9 +200,8 @@ def decoder_layer_forward(
     attended, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **inputs)
     # Under autocast the two differ, and the sum takes the wider one.
     dtype = torch.promote_types(attended.dtype, hidden_states.dtype)
-    normed, residual = rms_norm(
-        attended.to(dtype), norm.weight, norm.variance_epsilon, hidden_states.to(dtype), backend=backend
-    )
+    arguments = (attended.to(dtype), norm.weight, norm.variance_epsilon, hidden_states.to(dtype))
+    normed, residual = rms_norm_ref(*arguments) if backend == "torch" else rms_norm(*arguments, backend=backend)
     return residual + module.mlp(normed)
 
 

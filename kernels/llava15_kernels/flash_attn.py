@@ -352,7 +352,7 @@ def flash_attn_varlen_sdpa(
     lengths_q, lengths_k = (cu_seqlens.diff().tolist() for cu_seqlens in (cu_seqlens_q, cu_seqlens_k))
     group = q.shape[1] // k.shape[1]
     if group > 1:
-        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        k, v = (x[:, :, None].expand(-1, -1, group, -1).flatten(1, 2) for x in (k, v))
     outputs = []
     start_q = start_k = 0
     for (len_q, len_k), run in groupby(zip(lengths_q, lengths_k, strict=True)):
@@ -379,6 +379,8 @@ def flash_attn_varlen_sdpa(
         if causal and len_q > len_k:
             output[:, : len_q - len_k] = 0.0
         outputs.append(output.flatten(0, 1))
+    if len(outputs) == 1:
+        return outputs[0].contiguous()
     return torch.cat(outputs) if outputs else torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import llava15_fast
 from assets.scenes import all_sentences, describe, held_out_accuracy, held_out_scene, training_scene
 from assets.train import make_config, make_processor, train
-from llava15_fast import LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Processor
+from llava15_fast import LlavaOnevision1_5Config, LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Processor
 
 ASSETS = Path(__file__).parents[2] / "assets"
 CHECKPOINT = ASSETS / "scenes_checkpoint"
@@ -86,8 +86,10 @@ def test_the_script_makes_the_committed_tokenizer_and_configuration(tmp_path):
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / name).read_bytes() == (CHECKPOINT / name).read_bytes(), name
     make_config(processor.tokenizer).save_pretrained(tmp_path)
-    made, committed = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, CHECKPOINT))
-    assert made == {key: value for key, value in committed.items() if key != "architectures"}
+    made, committed = (LlavaOnevision1_5Config.from_pretrained(folder).to_dict() for folder in (tmp_path, CHECKPOINT))
+    for config in (made, committed):
+        config.pop("architectures")
+    assert made == committed
 
 
 def test_training_is_reproducible():
