@@ -40,8 +40,8 @@ def test_loads_completely_and_is_small(processor):
 def test_held_out_scenes_are_described_exactly(model, processor, backend):
     if backend is not None:
         llava15_fast.patch(model, backend)
-    # The script reports on the first 200; these are new to it as well.
-    assert held_out_accuracy(model, processor, range(200, 400)) >= 0.95
+    # Scenes 0 to 999 were looked at when the settings were chosen; these were not.
+    assert held_out_accuracy(model, processor, range(1000, 1200)) >= 0.95
 
 
 def test_three_scenes_through_the_kernels(model, processor, launches):
