@@ -135,9 +135,8 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
             return  # heads are the same in both: what follows does not depend on the width
         ops.rms_norm(q, head_weight, 1e-6)
         ops.qk_norm_rope(q, k, head_weight, head_weight, 1e-6, positions, inv_freq, 1.0)
-        ops.qk_norm_rope_into_cache(
-            q, k, head_weight, head_weight, 1e-6, positions, inv_freq, 1.0, v, k_cache, v_cache, lengths
-        )  # fmt: skip
+        slots = k_cache.flatten(0, 1), v_cache.flatten(0, 1), positions
+        ops.qk_norm_rope_into_cache(q, k, head_weight, head_weight, 1e-6, positions, inv_freq, 1.0, v, *slots)
         ops.flash_attn_varlen(q[0], k[0], v[0], bounds, bounds, TOKENS, 0.088, True)
         ops.flash_decode(q[:, :1], k_cache, v_cache, lengths, lengths, 0.088, True, 0)
 

@@ -5,15 +5,17 @@
     y[: half] = (n[: half] * cos(angle) - n[half :] * sin(angle)) * scaling
     y[half :] = (n[half :] * cos(angle) + n[: half] * sin(angle)) * scaling
 
-With a cache, token l of prompt b is written to slot cache_seqlens[b] + l; the lengths are read on the device, so that a CUDA
-graph stays right while they grow. A slot beyond the cache is not written.
+With a cache, keys and values of token (b, l) go to its row slot_mapping[b, l], as in vLLM's caches: packed prompts, prompts that
+grow and rows that lie anywhere are the same to the kernel. The rows are read on the device, so that a CUDA graph stays right
+while they change. A row outside the cache (-1, for example) is not written.
 Su et al., https://arxiv.org/abs/2104.09864; per-head norms as in Qwen3, https://arxiv.org/abs/2505.09388.
 
     q               (B, L, heads, head_dim)         any strides with a contiguous last dimension, e.g. views of a packed qkv
     k, v            (B, L, kv_heads, head_dim)
     position_ids    (B, L) or (1, L) integers
     inv_freq        (head_dim / 2,) float32
-    k_cache, v_cache (B, capacity, kv_heads, head_dim), cache_seqlens (B,) int32
+    k_cache, v_cache (slots, kv_heads, head_dim)    e.g. a (B, capacity, kv_heads, head_dim) cache flattened
+    slot_mapping    (B, L) integers
 """
 
 from __future__ import annotations
@@ -55,11 +57,11 @@ def _norm_rotate_store(
 
 @triton.jit
 def _qk_norm_rope_kernel(
-    q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, position_ptr, inv_freq_ptr, seqlens_ptr,
+    q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, position_ptr, inv_freq_ptr, slot_ptr,
     q_out_ptr, k_out_ptr, v_out_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
-    stride_kob, stride_kot, stride_koh, stride_vob, stride_vot, stride_voh, stride_pb,
-    length, capacity, eps, scaling,
+    stride_kot, stride_koh, stride_vot, stride_voh, stride_pb,
+    length, slots, eps, scaling,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, HAS_CACHE: tl.constexpr,
 ):  # fmt: skip
@@ -72,12 +74,12 @@ def _qk_norm_rope_kernel(
     KV_GROUPS: tl.constexpr = (KV_HEADS + BLOCK_H - 1) // BLOCK_H
     pairs = tl.arange(0, BLOCK_D)
 
-    slot = position_in_row
+    slot = token
     if HAS_CACHE:
-        slot += tl.load(seqlens_ptr + batch)
+        slot = tl.load(slot_ptr + token).to(tl.int64)
     # One flag per head of the group, so that it combines with the masks as a block.
-    slots = slot + tl.zeros((BLOCK_H,), dtype=tl.int64)
-    writable = (slots >= 0) & (slots < capacity)
+    target_row = slot + tl.zeros((BLOCK_H,), dtype=tl.int64)
+    writable = (target_row >= 0) & (target_row < slots)
 
     if group < Q_GROUPS + KV_GROUPS:
         position = tl.load(position_ptr + batch * stride_pb + position_in_row).to(tl.float32)
@@ -95,7 +97,7 @@ def _qk_norm_rope_kernel(
             heads = (group - Q_GROUPS) * BLOCK_H + tl.arange(0, BLOCK_H)
             _norm_rotate_store(
                 k_ptr + batch * stride_kb + position_in_row * stride_kl, k_weight_ptr,
-                k_out_ptr + batch * stride_kob + slot * stride_kot, heads, pairs, cos, sin, eps, stride_kh, stride_koh,
+                k_out_ptr + slot * stride_kot, heads, pairs, cos, sin, eps, stride_kh, stride_koh,
                 writable, KV_HEADS, HALF,
             )  # fmt: skip
     else:
@@ -103,7 +105,7 @@ def _qk_norm_rope_kernel(
         dims = tl.arange(0, 2 * BLOCK_D)
         mask = (heads < KV_HEADS)[:, None] & (dims < 2 * HALF)[None, :] & writable[:, None]
         source = v_ptr + batch * stride_vb + position_in_row * stride_vl + heads[:, None] * stride_vh + dims[None, :]
-        target = v_out_ptr + batch * stride_vob + slot * stride_vot + heads[:, None] * stride_voh + dims[None, :]
+        target = v_out_ptr + slot * stride_vot + heads[:, None] * stride_voh + dims[None, :]
         tl.store(target, tl.load(source, mask=mask, other=0.0).to(v_out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -119,8 +121,9 @@ def _launch(
     scaling: float,
     k_out: torch.Tensor,
     v_out: torch.Tensor | None,
-    cache_seqlens: torch.Tensor | None,
+    slot_mapping: torch.Tensor | None,
 ) -> torch.Tensor:
+    """k_out and v_out are (slots, kv_heads, head_dim)."""
     batch, length, q_heads, head_dim = q.shape
     kv_heads = k.shape[2]
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -128,7 +131,7 @@ def _launch(
         return q_out
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     position_ids, inv_freq = position_ids.contiguous(), inv_freq.contiguous()
-    cache_seqlens = None if cache_seqlens is None else cache_seqlens.contiguous()
+    slot_mapping = position_ids if slot_mapping is None else slot_mapping.contiguous()
     has_cache = v is not None
     v = k if v is None else v if v.stride(-1) == 1 else v.contiguous()
     v_out = k_out if v_out is None else v_out
@@ -137,10 +140,10 @@ def _launch(
     with device_guard(q):
         _qk_norm_rope_kernel[(batch * length, groups)](
             q, k, v, q_weight.contiguous(), k_weight.contiguous(), position_ids, inv_freq,
-            position_ids if cache_seqlens is None else cache_seqlens, q_out, k_out, v_out,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_out.stride()[:3], *v_out.stride()[:3],
+            slot_mapping, q_out, k_out, v_out,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_out.stride()[:2], *v_out.stride()[:2],
             position_ids.stride(0) if position_ids.shape[0] > 1 else 0,
-            length, k_out.shape[1], eps, scaling,
+            length, k_out.shape[0], eps, scaling,
             Q_HEADS=q_heads, KV_HEADS=kv_heads, HALF=head_dim // 2, BLOCK_H=block_h,
             BLOCK_D=triton.next_power_of_2(head_dim // 2), HAS_CACHE=has_cache,
             num_warps=warps_for(block_h * head_dim // 2, q.device), **LAUNCH_OPTIONS,
@@ -152,7 +155,7 @@ _INPUTS = "Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, float eps, Tens
 torch.library.define("llava15::qk_norm_rope", f"({_INPUTS}) -> (Tensor, Tensor)")
 torch.library.define(
     "llava15::qk_norm_rope_into_cache",
-    f"({_INPUTS}, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens) -> Tensor",
+    f"({_INPUTS}, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> Tensor",
 )
 
 
@@ -168,7 +171,7 @@ def _(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    q_out = _launch(q, k, None, q_weight, k_weight, eps, position_ids, inv_freq, scaling, k_out, None, None)
+    q_out = _launch(q, k, None, q_weight, k_weight, eps, position_ids, inv_freq, scaling, k_out.flatten(0, 1), None, None)
     return q_out, k_out
 
 
@@ -185,10 +188,10 @@ def _(
     v: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    cache_seqlens: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
     return _launch(
-        q, k, v, q_weight, k_weight, eps, position_ids, inv_freq, scaling, k_cache, v_cache, cache_seqlens
+        q, k, v, q_weight, k_weight, eps, position_ids, inv_freq, scaling, k_cache, v_cache, slot_mapping
     )  # fmt: skip
 
 
@@ -219,7 +222,7 @@ def _(
     v: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    cache_seqlens: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
@@ -251,10 +254,10 @@ def _(
     v: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    cache_seqlens: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> Cost:
-    """New tokens only; a slot beyond the cache would not be written."""
-    read = nbytes(q, k, v, q_weight, k_weight, position_ids, inv_freq, cache_seqlens)
+    """New tokens only, as if each had a row in the cache."""
+    read = nbytes(q, k, v, q_weight, k_weight, position_ids, inv_freq, slot_mapping)
     return Cost(1, read, nbytes(q, k, v))
 
 
@@ -271,7 +274,7 @@ def qk_norm_rope(
     v: torch.Tensor | None = None,
     k_cache: torch.Tensor | None = None,
     v_cache: torch.Tensor | None = None,
-    cache_seqlens: torch.Tensor | None = None,
+    slot_mapping: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
     """Normalised and rotated queries and keys; with a cache, keys and values are written into it.
@@ -285,8 +288,8 @@ def qk_norm_rope(
         inv_freq: (head_dim / 2,) float32.
         attention_scaling: factor on cos and sin, as some rotary variants have it.
         v: as `k`; together with the next three.
-        k_cache, v_cache: (B, capacity, kv_heads, head_dim), written in place.
-        cache_seqlens: (B,) int32, the tokens that are in the cache already.
+        k_cache, v_cache: (slots, kv_heads, head_dim), written in place.
+        slot_mapping: (B, L) integers, the row of the caches that each token goes to; no row twice.
         backend: see `_dispatch`.
 
     Returns:
@@ -296,7 +299,7 @@ def qk_norm_rope(
         ValueError: shapes that do not fit, a part of the cache arguments without the others, or tensors on different devices.
         TypeError: an unsupported dtype.
     """
-    cache = (v, k_cache, v_cache, cache_seqlens)
+    cache = (v, k_cache, v_cache, slot_mapping)
     _check(q, k, q_weight, k_weight, position_ids, inv_freq, cache)
     chosen = choose_backend("qk_norm_rope", backend, q, k, q_weight, k_weight, inv_freq, v, k_cache, v_cache)
     if v is None:
@@ -305,9 +308,9 @@ def qk_norm_rope(
         return torch.ops.llava15.qk_norm_rope(q, k, q_weight, k_weight, eps, position_ids, inv_freq, attention_scaling)
     if chosen == "torch":
         q, k = qk_norm_rope_ref(q, k, q_weight, k_weight, eps, position_ids, inv_freq, attention_scaling)
-        rows = torch.arange(q.shape[0], device=q.device)[:, None]
-        slots = cache_seqlens[:, None].long() + torch.arange(q.shape[1], device=q.device)
-        k_cache[rows, slots], v_cache[rows, slots] = k, v
+        rows = slot_mapping.flatten().long()
+        inside = (rows >= 0) & (rows < k_cache.shape[0])
+        k_cache[rows[inside]], v_cache[rows[inside]] = k.flatten(0, 1)[inside], v.flatten(0, 1)[inside]
         return q
     return torch.ops.llava15.qk_norm_rope_into_cache(
         q, k, q_weight, k_weight, eps, position_ids, inv_freq, attention_scaling, *cache
@@ -342,19 +345,19 @@ def _check(
         "position_ids": (position_ids, (position_ids.shape[0], length)),
     }
     if any(part is not None for part in cache):
-        v, k_cache, v_cache, cache_seqlens = cache
+        v, k_cache, v_cache, slot_mapping = cache
         if any(part is None for part in cache):
-            raise ValueError(f"{op}: v, k_cache, v_cache and cache_seqlens belong together, expected all or none")
-        capacity = k_cache.shape[1] if k_cache.ndim == 4 else 0
+            raise ValueError(f"{op}: v, k_cache, v_cache and slot_mapping belong together, expected all or none")
+        slots = k_cache.shape[0] if k_cache.ndim else 0
         expected |= {
             "v": (v, tuple(k.shape)),
-            "k_cache": (k_cache, (batch, capacity, k.shape[2], head_dim)),
-            "v_cache": (v_cache, (batch, capacity, k.shape[2], head_dim)),
-            "cache_seqlens": (cache_seqlens, (batch,)),
+            "k_cache": (k_cache, (slots, k.shape[2], head_dim)),
+            "v_cache": (v_cache, (slots, k.shape[2], head_dim)),
+            "slot_mapping": (slot_mapping, (batch, length)),
         }
-        if cache_seqlens.dtype != torch.int32 or cache_seqlens.device != q.device:
+        if slot_mapping.dtype not in (torch.int32, torch.int64) or slot_mapping.device != q.device:
             raise ValueError(
-                f"{op}: cache_seqlens is {cache_seqlens.dtype} on {cache_seqlens.device}, expected int32 on {q.device}"
+                f"{op}: slot_mapping is {slot_mapping.dtype} on {slot_mapping.device}, expected int32 or int64 on {q.device}"
             )
         for name, tensor in (("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
             if tensor.dtype != q.dtype:

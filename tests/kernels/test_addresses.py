@@ -86,11 +86,11 @@ def test_attention_over_a_cache(far, device):
 
 
 def test_writing_into_a_cache(far, device):
-    k_cache, v_cache = far(1, 16)[None], far(1, 16)[None]
+    k_cache, v_cache = far(1, 16), far(1, 16)
     q, k, v = torch.randn(3, 1, 2, 1, 16, device=device).half()
     weight, inv_freq = torch.ones(16, device=device).half(), torch.rand(8, device=device)
     positions = torch.arange(2, device=device)[None]
-    lengths = torch.tensor([ROWS - 2], dtype=torch.int32, device=device)
+    slots = torch.tensor([[ROWS - 2, ROWS - 1]], device=device)
     call = (q, k, weight, weight, 1e-6, positions, inv_freq)
-    qk_norm_rope(*call, v=v, k_cache=k_cache, v_cache=v_cache, cache_seqlens=lengths, backend="triton")
-    assert torch.equal(k_cache[:, -2:], qk_norm_rope(*call, backend="triton")[1]) and torch.equal(v_cache[:, -2:], v)
+    qk_norm_rope(*call, v=v, k_cache=k_cache, v_cache=v_cache, slot_mapping=slots, backend="triton")
+    assert torch.equal(k_cache[-2:], qk_norm_rope(*call, backend="triton")[1][0]) and torch.equal(v_cache[-2:], v[0])

@@ -53,16 +53,18 @@ def test_a_decode_step_in_a_cuda_graph():
     weight, inv_freq = torch.randn(head_dim, device="cuda").to(dtype), torch.rand(head_dim // 2, device="cuda")
     lengths = torch.tensor([5, 100], dtype=torch.int32, device="cuda")
     positions = torch.zeros(batch, 1, dtype=torch.long, device="cuda")
+    first_slots = capacity * torch.arange(batch, device="cuda")[:, None]
 
     def step(k_cache, v_cache):
         q, k, v = packed.split([heads, kv_heads, kv_heads], dim=2)
         q = qk_norm_rope(
             rms_norm(q, weight, 1e-6), k, weight, weight, 1e-6, positions, inv_freq,
-            v=v, k_cache=k_cache, v_cache=v_cache, cache_seqlens=lengths,
+            v=v, k_cache=k_cache.flatten(0, 1), v_cache=v_cache.flatten(0, 1), slot_mapping=first_slots + positions,
         )  # fmt: skip
         return flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=lengths + 1, causal=True)
 
     eager_caches = k_cache.clone(), v_cache.clone()
+    positions.copy_(lengths[:, None])
     with torch.no_grad():
         step(k_cache.clone(), v_cache.clone())  # compiles
         graph = torch.cuda.CUDAGraph()

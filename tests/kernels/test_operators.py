@@ -23,6 +23,7 @@ def arguments(device, dtype=torch.float32):
     positions = torch.arange(L, device=device).expand(2, -1).contiguous()
     k_cache, v_cache = torch.randn(2, 2, 70, KV, D, device=device).to(dtype)
     lengths = torch.tensor([30, 59], dtype=torch.int32, device=device)
+    slots = (positions + torch.tensor([[30], [129]], device=device)).contiguous()
     pads = torch.zeros(2, dtype=torch.int32, device=device)
     bounds = torch.tensor([0, 5, L], dtype=torch.int32, device=device)
     rows = torch.tensor([0, 5, 14], dtype=torch.int32, device=device)
@@ -38,7 +39,7 @@ def arguments(device, dtype=torch.float32):
         "vision_rope_2d": (vision_q, vision_k, grid, inv_freq[: D // 4].contiguous(), torch.randn(1, D // 2, device=device)),
         "patch_merge": (torch.randn(14, 48, device=device).to(dtype), weight, bias, 1e-5, rows, 2),
         "qk_norm_rope": text,
-        "qk_norm_rope_into_cache": (*text, v, k_cache, v_cache, lengths),
+        "qk_norm_rope_into_cache": (*text, v, k_cache.flatten(0, 1), v_cache.flatten(0, 1), slots),
         "flash_attn_varlen": (q[0], k[0], v[0], bounds, bounds, 6, 0.25, True),
         "flash_decode": (q[:, :1], k_cache, v_cache, lengths, pads, 0.25, True, 0),
     }

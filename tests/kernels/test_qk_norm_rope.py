@@ -34,30 +34,34 @@ def test_qk_norm_rope(device, shape, dtype):
         assert_close(*tensors, name)
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("backend,index", [("triton", torch.int64), ("triton", torch.int32), ("torch", torch.int64)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_keys_and_values_land_in_the_cache(device, shape, backend):
+def test_keys_and_values_land_in_the_cache(device, shape, backend, index):
     arguments, v = inputs(*shape, torch.float32, device)
     batch, length, _, kv_heads, head_dim = shape
-    k_cache, v_cache = torch.full((2, batch, length + 9, kv_heads, head_dim), 7.0, device=device)
-    seqlens = torch.randint(0, 9, (batch,), dtype=torch.int32, device=device)
-    q = qk_norm_rope(*arguments, v=v, k_cache=k_cache, v_cache=v_cache, cache_seqlens=seqlens, backend=backend)
+    caches = torch.full((2, batch, length + 9, kv_heads, head_dim), 7.0, device=device)
+    k_cache, v_cache = caches.flatten(1, 2)
+    starts = torch.randint(0, 9, (batch, 1), device=device)
+    in_row = torch.arange(length, device=device) + starts
+    slots = (in_row + torch.arange(batch, device=device)[:, None] * (length + 9)).to(index)
+    q = qk_norm_rope(*arguments, v=v, k_cache=k_cache, v_cache=v_cache, slot_mapping=slots, backend=backend)
     expected_q, expected_k = qk_norm_rope(*arguments, backend=backend)
     assert torch.equal(q, expected_q)
-    for row, start in enumerate(seqlens.tolist()):
-        assert torch.equal(k_cache[row, start : start + length], expected_k[row])
-        assert torch.equal(v_cache[row, start : start + length], v[row])
-        for untouched in (k_cache[row, :start], v_cache[row, :start], k_cache[row, start + length :]):
-            assert (untouched == 7.0).all()
+    for row, start in enumerate(starts[:, 0].tolist()):
+        for cache, expected in zip(caches, (expected_k, v), strict=True):
+            assert torch.equal(cache[row, start : start + length], expected[row])
+            assert (cache[row, :start] == 7.0).all() and (cache[row, start + length :] == 7.0).all()
 
 
-def test_a_full_cache_is_not_overrun(device):
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_rows_outside_the_cache_are_not_written(device, backend):
     arguments, v = inputs(1, 4, 2, 1, 16, torch.float32, device)
-    storage = torch.full((2, 1, 20, 1, 16), 7.0, device=device)
-    k_cache, v_cache = storage[0, :, :10], storage[1, :, :10]
-    seqlens = torch.tensor([8], dtype=torch.int32, device=device)
-    qk_norm_rope(*arguments, v=v, k_cache=k_cache, v_cache=v_cache, cache_seqlens=seqlens, backend="triton")
-    assert (storage[:, :, 10:] == 7.0).all() and (storage[:, :, 8:10] != 7.0).all()
+    storage = torch.full((2, 30, 1, 16), 7.0, device=device)
+    caches = {"k_cache": storage[0, 10:20], "v_cache": storage[1, 10:20]}
+    slots = torch.tensor([[-1, 9, 10, 2]], device=device)
+    qk_norm_rope(*arguments, v=v, **caches, slot_mapping=slots, backend=backend)
+    written = (storage != 7.0).all(-1).all(-1)
+    assert written.nonzero().tolist() == [[0, 12], [0, 19], [1, 12], [1, 19]]
 
 
 def test_it_is_qwen3s(device):
@@ -100,20 +104,20 @@ def test_one_row_of_positions_serves_the_batch(device):
 def test_qk_norm_rope_errors(device):
     arguments, v = inputs(2, 3, 4, 2, 16, torch.float32, device)
     q, k, q_weight, k_weight, eps, positions, inv_freq = arguments
-    cache = torch.zeros(2, 8, 2, 16, device=device)
-    seqlens = torch.zeros(2, dtype=torch.int32, device=device)
+    cache = torch.zeros(8, 2, 16, device=device)
+    slots = torch.arange(6, device=device).view(2, 3)
     with pytest.raises(ValueError, match=r"k_weight has shape \(8,\)"):
         qk_norm_rope(q, k, q_weight, k_weight[:8], eps, positions, inv_freq)
     with pytest.raises(ValueError, match="position_ids"):
         qk_norm_rope(q, k, q_weight, k_weight, eps, positions.float(), inv_freq)
     with pytest.raises(ValueError, match="belong together"):
         qk_norm_rope(*arguments, v=v, k_cache=cache)
-    with pytest.raises(ValueError, match=r"v_cache has shape \(2, 7, 2, 16\)"):
-        qk_norm_rope(*arguments, v=v, k_cache=cache, v_cache=cache[:, :7], cache_seqlens=seqlens)
-    with pytest.raises(ValueError, match="int64"):
-        qk_norm_rope(*arguments, v=v, k_cache=cache, v_cache=cache, cache_seqlens=seqlens.long())
+    with pytest.raises(ValueError, match=r"v_cache has shape \(7, 2, 16\)"):
+        qk_norm_rope(*arguments, v=v, k_cache=cache, v_cache=cache[:7], slot_mapping=slots)
+    with pytest.raises(ValueError, match="float32"):
+        qk_norm_rope(*arguments, v=v, k_cache=cache, v_cache=cache, slot_mapping=slots.float())
     with pytest.raises(TypeError, match="float16"):
-        qk_norm_rope(*arguments, v=v, k_cache=cache.half(), v_cache=cache, cache_seqlens=seqlens)
+        qk_norm_rope(*arguments, v=v, k_cache=cache.half(), v_cache=cache, slot_mapping=slots)
     with pytest.raises(ValueError, match="head_dim 320"):
         qk_norm_rope(*inputs(1, 1, 1, 1, 320, torch.float32, device)[0])
 
@@ -124,8 +128,8 @@ def test_index_tensors_with_strides(device):
     strided = positions.T.contiguous().T, inv_freq.repeat_interleave(2)[::2]
     found = qk_norm_rope(q, k, q_weight, k_weight, eps, *strided, backend="triton")
     assert all(torch.equal(a, b) for a, b in zip(found, dense, strict=True))
-    cache = torch.zeros(2, 2, 8, 2, 16, device=device)
-    lengths = torch.zeros(1, dtype=torch.int32, device=device).expand(2)
+    cache = torch.zeros(2, 6, 2, 16, device=device)
+    slots = torch.arange(6, device=device).view(2, 3).T.contiguous().T
     qk_norm_rope(
         q,
         k,
@@ -136,10 +140,10 @@ def test_index_tensors_with_strides(device):
         v=v,
         k_cache=cache[0],
         v_cache=cache[1],
-        cache_seqlens=lengths,
+        slot_mapping=slots,
         backend="triton",
     )
-    assert torch.equal(cache[0, :, :3], dense[1]) and torch.equal(cache[1, :, :3], v)
+    assert torch.equal(cache[0], dense[1].flatten(0, 1)) and torch.equal(cache[1], v.flatten(0, 1))
 
 
 def test_without_query_heads_the_keys_are_still_written(device):
