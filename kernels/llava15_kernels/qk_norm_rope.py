@@ -5,9 +5,9 @@
     y[: half] = (n[: half] * cos(angle) - n[half :] * sin(angle)) * scaling
     y[half :] = (n[half :] * cos(angle) + n[: half] * sin(angle)) * scaling
 
-With a cache, keys and values of token (b, l) go to its row slot_mapping[b, l], as in vLLM's caches: packed prompts, prompts that
-grow and rows that lie anywhere are the same to the kernel. The rows are read on the device, so that a CUDA graph stays right
-while they change. A row outside the cache (-1, for example) is not written.
+With a cache, keys and values of token (b, l) go to its row slot_mapping[b, l], as in vLLM's caches: packed prompts and prompts
+that grow are the same to the kernel. The rows are read on the device, so that a CUDA graph stays right while they change. A row
+outside the cache (-1, for example) is not written.
 Su et al., https://arxiv.org/abs/2104.09864; per-head norms as in Qwen3, https://arxiv.org/abs/2505.09388.
 
     q               (B, L, heads, head_dim)         any strides with a contiguous last dimension, e.g. views of a packed qkv
