@@ -310,10 +310,7 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
         if layout is None:
             grids = self.check_inputs(pixel_values, grid_thw)
             layout = VisionLayout.from_grids(grids, self.spatial_merge_size, pixel_values.device)
-        position_embeddings = self.rotary_pos_emb(layout.position_ids, self.class_pos_emb)
-        hidden_states = self.embed_patches(pixel_values, layout)
-        for block in self.blocks:
-            hidden_states = block(hidden_states, layout, position_embeddings, **kwargs)
+        hidden_states = self.encode(self.embed_patches(pixel_values, layout), layout, **kwargs)
         patches, merged = self.merge_patches(hidden_states, layout)
         return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=merged)
 
@@ -325,6 +322,13 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
         for segment in patches.split([length - 1 for length in layout.lengths]):
             rows += [class_row, segment]
         return self.pre_layernorm(torch.cat(rows))
+
+    def encode(self, hidden_states: torch.Tensor, layout: VisionLayout, **kwargs: Any) -> torch.Tensor:
+        """(S, hidden) -> (S, hidden), through the blocks."""
+        position_embeddings = self.rotary_pos_emb(layout.position_ids, self.class_pos_emb)
+        for block in self.blocks:
+            hidden_states = block(hidden_states, layout, position_embeddings, **kwargs)
+        return hidden_states
 
     def merge_patches(self, hidden_states: torch.Tensor, layout: VisionLayout) -> tuple[torch.Tensor, torch.Tensor]:
         """(S, hidden) -> the patches (N, hidden) without class rows, and the merged features (N/4, text width)."""

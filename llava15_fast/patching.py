@@ -22,20 +22,28 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import Qwen3Model
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3Attention,
+    Qwen3DecoderLayer,
+    Qwen3MLP,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+)
 
 from llava15_kernels._dispatch import FLOAT_DTYPES, Backend, check_backend
 from llava15_kernels.flash_attn import MAX_HEAD_DIM
 
-from . import replacements
+from . import text, vision
 from .modeling import (
     LlavaOnevision1_5Model,
     LlavaOnevision1_5VisionAttention,
+    LlavaOnevision1_5VisionBlock,
+    LlavaOnevision1_5VisionMLP,
     LlavaOnevision1_5VisionModel,
     LlavaOnevision1_5VisionPatchMerger,
     LlavaOnevision1_5VisionRotaryEmbedding,
 )
-from .replacements import SITES, Site
+from .sites import SITES, Site
 
 
 class PatchError(RuntimeError):
@@ -65,33 +73,22 @@ class Target:
 
 
 _LAYER = "language_model.layers.*"
-_NORMS = (
-    f"{_LAYER}.input_layernorm",
-    f"{_LAYER}.self_attn.q_norm",
-    f"{_LAYER}.self_attn.k_norm",
-    "language_model.norm",
-)
+_BLOCK = "visual.blocks.*"
 
 TARGETS: tuple[Target, ...] = (
     Target(
-        "visual.rotary_pos_emb",
-        LlavaOnevision1_5VisionRotaryEmbedding,
-        ("position_ids", "class_pos_emb"),
-        replacements.vision_rotary_forward,
-        ("angles for vision_rope_2d",),
-    ),
-    Target(
-        "visual.blocks.*.attn",
-        LlavaOnevision1_5VisionAttention,
-        ("hidden_states", "layout", "position_embeddings", "kwargs"),
-        replacements.vision_attention_forward,
-        ("vision_rope_2d", "flash_attn_varlen_func"),
+        "visual",
+        LlavaOnevision1_5VisionModel,
+        ("hidden_states", "layout", "kwargs"),
+        vision.encode,
+        ("layer_norm + residual", "vision_rope_2d", "flash_attn_varlen_func", "gelu"),
+        attribute="encode",
     ),
     Target(
         "visual",
         LlavaOnevision1_5VisionModel,
         ("hidden_states", "layout"),
-        replacements.merge_patches,
+        vision.merge_patches,
         ("patch_merge",),
         attribute="merge_patches",
     ),
@@ -99,9 +96,22 @@ TARGETS: tuple[Target, ...] = (
         "language_model",
         Qwen3Model,
         ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache", "kwargs"),
-        replacements.text_model_forward,
-        ("padding to segments",),
+        text.text_model_forward,
+        ("rms_norm + residual", "qk_norm_rope", "flash_attn_varlen_func", "flash_attn_with_kvcache", "silu_and_mul"),
     ),
+    # Their work is done inside the replaced methods above.
+    Target("visual.rotary_pos_emb", LlavaOnevision1_5VisionRotaryEmbedding, ("position_ids", "class_pos_emb"), None),
+    Target(_BLOCK, LlavaOnevision1_5VisionBlock, ("hidden_states", "args", "kwargs"), None),
+    Target(
+        f"{_BLOCK}.attn",
+        LlavaOnevision1_5VisionAttention,
+        ("hidden_states", "layout", "position_embeddings", "kwargs"),
+        None,
+    ),
+    Target(f"{_BLOCK}.mlp", LlavaOnevision1_5VisionMLP, ("hidden_states",), None),
+    *(Target(f"{_BLOCK}.{norm}", nn.LayerNorm, ("input",), None) for norm in ("norm1", "norm2")),
+    Target("visual.merger", LlavaOnevision1_5VisionPatchMerger, ("hidden_states",), None),
+    Target("visual.merger.ln_q", nn.LayerNorm, ("input",), None),
     Target(
         _LAYER,
         Qwen3DecoderLayer,
@@ -114,21 +124,26 @@ TARGETS: tuple[Target, ...] = (
             "position_embeddings",
             "kwargs",
         ),
-        replacements.decoder_layer_forward,
-        ("rms_norm + residual",),
+        None,
     ),
     Target(
         f"{_LAYER}.self_attn",
         Qwen3Attention,
         ("hidden_states", "position_embeddings", "attention_mask", "past_key_values", "kwargs"),
-        replacements.text_attention_forward,
-        ("flash_attn_varlen_func, causal",),
+        None,
     ),
-    # These run inside the fused calls of the modules around them.
-    Target(f"{_LAYER}.post_attention_layernorm", Qwen3RMSNorm, ("hidden_states",), None),
-    Target("visual.merger", LlavaOnevision1_5VisionPatchMerger, ("hidden_states",), None),
-    Target("visual.merger.ln_q", nn.LayerNorm, ("input",), None),
-    *(Target(path, Qwen3RMSNorm, ("hidden_states",), replacements.rms_norm_forward, ("rms_norm",)) for path in _NORMS),
+    Target(f"{_LAYER}.mlp", Qwen3MLP, ("x",), None),
+    Target("language_model.rotary_emb", Qwen3RotaryEmbedding, ("x", "position_ids"), None),
+    *(
+        Target(path, Qwen3RMSNorm, ("hidden_states",), None)
+        for path in (
+            f"{_LAYER}.input_layernorm",
+            f"{_LAYER}.post_attention_layernorm",
+            f"{_LAYER}.self_attn.q_norm",
+            f"{_LAYER}.self_attn.k_norm",
+            "language_model.norm",
+        )
+    ),
 )
 
 _REPLACEMENTS = frozenset(target.replacement for target in TARGETS if target.replacement is not None)
@@ -176,7 +191,9 @@ def unpatch(model: nn.Module) -> None:
     Raises:
         TypeError: `model` holds no model that is known here.
     """
-    for module in _find_model(model).modules():
+    root = _find_model(model)
+    text.release_weights(root.language_model)
+    for module in root.modules():
         for attribute in module.__dict__.pop(SITES, {}):
             for slot in (attribute, "_old_forward"):
                 if _is_ours(module.__dict__.get(slot)):
@@ -281,8 +298,11 @@ def _find_model(model: Any) -> LlavaOnevision1_5Model:
 
 
 def _check_model(root: LlavaOnevision1_5Model, backend: str) -> None:
-    vision, text = root.config.vision_config, root.config.text_config
-    for name, head_dim in (("vision", vision.hidden_size // vision.num_heads), ("text", text.head_dim)):
+    vision_config, text_config = root.config.vision_config, root.config.text_config
+    for name, head_dim in (
+        ("vision", vision_config.hidden_size // vision_config.num_heads),
+        ("text", text_config.head_dim),
+    ):
         if head_dim > MAX_HEAD_DIM:
             raise PatchError(f"{name} head_dim {head_dim} is not supported, expected at most {MAX_HEAD_DIM}")
     for norm in (root.language_model.norm, root.visual.pre_layernorm):

@@ -153,10 +153,8 @@ def test_report_counts_calls(tiny, inputs):
     prompt = {key: value for key, value in inputs.items() if key != "labels"}
     tiny.generate(**prompt, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
     rows = {row.path: row for row in handle.report().rows}
-    assert rows["visual.blocks.*.attn"].ran == {"torch": 3} and rows["visual.blocks.*.attn"].modules == 3
-    assert rows["language_model"].ran == {"torch": 1}
-    assert rows["language_model"].fallbacks == {"the cache is already filled (decoding)": 2}
-    assert rows["language_model.norm"].ran == {"torch": 3}
+    assert rows["visual"].ran == {"torch": 1} and rows["language_model"].ran == {"torch": 3}
+    assert not any(row.fallbacks for row in rows.values())
 
 
 def test_signatures_are_the_originals(tiny):
@@ -176,20 +174,109 @@ def test_replacements_have_the_declared_parameters():
 def test_hooks_on_fused_modules_are_not_skipped(tiny, inputs, backend):
     expected = logits(tiny, inputs)
     seen = []
-    norm = tiny.model.language_model.layers[1].post_attention_layernorm
-    merger = tiny.model.visual.merger
-    handles = [
-        module.register_forward_hook(lambda module, args, output: seen.append(module)) for module in (norm, merger, merger.ln_q)
-    ]
+    layer, merger = tiny.model.language_model.layers[1], tiny.model.visual.merger
+    hooked = [layer, layer.post_attention_layernorm, layer.mlp, layer.mlp.act_fn, layer.self_attn.q_norm]
+    hooked += [merger, merger.ln_q, tiny.model.visual.blocks[0].norm2]
+    handles = [module.register_forward_hook(lambda module, args, output: seen.append(module)) for module in hooked]
     handle = llava15_fast.patch(tiny, backend)
     torch.testing.assert_close(logits(tiny, inputs), expected, rtol=0, atol=1e-4)
-    assert set(seen) == {norm, merger, merger.ln_q}
-    rows = {row.path: row for row in handle.report().rows}
-    assert rows["visual"].fallbacks and rows["language_model.layers.*"].fallbacks and rows["language_model.layers.*"].ran
+    assert set(seen) == set(hooked)
+    assert all(row.fallbacks and not row.ran for row in handle.report().rows)
+    assert "a hook sits on a module" in str(handle.report())
     for hook in handles:
         hook.remove()
     logits(tiny, inputs)
-    assert handle.report().rows[2].ran == {backend: 1}
+    assert all(row.ran == {backend: 1} for row in handle.report().rows)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hooks_on_linear_layers_leave_the_rest_fast(tiny, inputs, backend):
+    expected = logits(tiny, inputs)
+    layer, block = tiny.model.language_model.layers[1], tiny.model.visual.blocks[0]
+    hooked = [layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.up_proj, layer.mlp.down_proj, block.attn.qkv]
+    seen = []
+    for module in [*hooked, tiny.model.language_model, tiny.model.visual]:
+        module.register_forward_hook(lambda module, args, output: seen.append(module))
+    handle = llava15_fast.patch(tiny, backend)
+    torch.testing.assert_close(logits(tiny, inputs), expected, rtol=0, atol=1e-4)
+    assert set(seen) == {*hooked, tiny.model.language_model, tiny.model.visual}
+    assert not any(row.fallbacks for row in handle.report().rows)
+
+
+# Weights that read the same input lie in one storage while the model is patched
+
+
+def projections(model):
+    for layer in model.model.language_model.layers:
+        yield [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
+        yield [layer.mlp.gate_proj, layer.mlp.up_proj]
+
+
+def storages(layers):
+    return {layer.weight.untyped_storage().data_ptr() for layer in layers}
+
+
+def test_fused_weights_are_the_only_copy_and_come_apart_again(tiny, inputs):
+    llava15_fast.patch(tiny, "torch")
+    logits(tiny, inputs)
+    for group in projections(tiny):
+        assert len(storages(group)) == 1
+        assert group[0].weight.untyped_storage().nbytes() == sum(layer.weight.nbytes for layer in group)
+    llava15_fast.unpatch(tiny)
+    for group in projections(tiny):
+        assert len(storages(group)) == len(group)
+        assert all(layer.weight.untyped_storage().nbytes() == layer.weight.nbytes for layer in group)
+
+
+def scaled(state):
+    return {name: value * 1.01 for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.load_state_dict(scaled(model.state_dict())),
+        lambda model: model.load_state_dict(scaled(model.state_dict()), assign=True),
+        lambda model: [parameter.data.mul_(1.01) for parameter in model.parameters()],
+        lambda model: [setattr(parameter, "data", parameter.data * 1.01) for parameter in model.parameters()],
+        lambda model: setattr(model.model.language_model.layers[0].mlp, "gate_proj", nn.Linear(48, 96, bias=False)),
+        lambda model: setattr(
+            model.model.language_model.layers[0].self_attn,
+            "v_proj",
+            nn.Sequential(model.model.language_model.layers[0].self_attn.v_proj, nn.Tanh()),
+        ),
+        lambda model: model.double().float(),
+    ],
+    ids=["load", "load-assign", "in-place", "data", "new-linear", "wrapped", "converted"],
+)
+def test_new_weights_are_used(tiny, inputs, change):
+    """Sharing is lost without a word, and the fused product must not go on with what was there before."""
+    handle = llava15_fast.patch(tiny, "torch")
+    logits(tiny, inputs)
+    torch.manual_seed(1)
+    change(tiny)
+    found = logits(tiny, inputs)
+    assert not any(row.fallbacks for row in handle.report().rows)
+    llava15_fast.unpatch(tiny)
+    torch.testing.assert_close(found, logits(tiny, inputs), rtol=0, atol=1e-5)
+
+
+def test_weights_fused_in_inference_mode_can_be_trained(tiny, inputs):
+    llava15_fast.patch(tiny, "torch")
+    with torch.inference_mode():
+        tiny(**inputs)
+    tiny(**inputs).loss.backward()
+    assert tiny.model.language_model.layers[0].self_attn.k_proj.weight.grad.norm() > 0
+
+
+def test_saving_a_patched_model(tiny, inputs, tmp_path):
+    before = {name: value.clone() for name, value in tiny.state_dict().items()}
+    llava15_fast.patch(tiny, "torch")
+    expected = logits(tiny, inputs)
+    tiny.save_pretrained(tmp_path)
+    loaded = type(tiny).from_pretrained(tmp_path).eval().to(tiny.device)
+    assert all(torch.equal(before[name], value) for name, value in loaded.state_dict().items())
+    assert torch.equal(logits(llava15_fast.patch(loaded, "torch").model, inputs), expected)
 
 
 def test_recording_hooks_of_transformers_do_not_keep_the_model_slow(tiny, inputs):
@@ -285,7 +372,8 @@ def test_accelerate_hooks_and_patch_survive_each_other(tiny, inputs, patch_first
         handle = llava15_fast.patch(tiny, "torch")
     torch.testing.assert_close(logits(tiny, inputs), expected, rtol=0, atol=1e-4)
     assert set(calls) == set(hooked)
-    assert all(row.ran for row in handle.report().rows)
+    rows = {(row.path, row.kernels[0]): row for row in handle.report().rows}
+    assert rows["visual", "patch_merge"].ran and not rows["language_model", "rms_norm + residual"].ran
     llava15_fast.unpatch(tiny)
     calls.clear()
     assert torch.equal(logits(tiny, inputs), expected) and set(calls) == set(hooked)
@@ -392,8 +480,8 @@ def test_a_model_split_over_devices(tiny, inputs):
         add_hook_to_module(module, AlignDevicesHook(execution_device="meta", place_submodules=False))
     prompt = {key: value for key, value in inputs.items() if key != "labels"}
     llava15_fast.patch(tiny, "torch")
-    with torch.no_grad(), pytest.raises(NotImplementedError, match="meta"):
-        tiny(**prompt, use_cache=False)  # it gets as far as reading lengths on the device that has no data
+    with torch.no_grad():
+        assert tiny(**prompt, use_cache=False).logits.device.type == "meta"
 
 
 def test_an_unsupported_dtype_is_named(tiny):
@@ -418,7 +506,7 @@ def test_an_unknown_backend_is_named(tiny):
 
 def test_an_interrupted_patch_is_undone(tiny, monkeypatch):
     attributes = instance_attributes(tiny)
-    install, count = patching_module._install, iter(range(5))
+    install, count = patching_module._install, iter(range(2))
 
     def interrupted(*args):
         if next(count, None) is None:

@@ -1,0 +1,51 @@
+"""When the kernels must not run, and the reason that the report gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava15_kernels._dispatch import FLOAT_DTYPES
+
+
+def refusal(
+    module: nn.Module, x: torch.Tensor, weight: torch.Tensor, options: dict[str, Any], passed_over: Iterable[nn.Module]
+) -> str | None:
+    """Why the original method of `module` has to run on `x`, or None if the kernels can.
+
+    Args:
+        weight: one that the fused code reads, of the dtype that all have.
+        options: keyword arguments of the call, with transformers' `output_...` requests among them.
+        passed_over: modules inside `module` whose `__call__` the fused code does not go through.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())):
+        return "a gradient is needed"
+    if weight.dtype not in FLOAT_DTYPES or (x.is_floating_point() and x.dtype != weight.dtype):
+        return f"no kernel for {x.dtype} inputs and {weight.dtype} weights"
+    if torch.is_autocast_enabled(x.device.type):
+        return "autocast is on"
+    for option in ("output_attentions", "output_hidden_states"):
+        asked = options.get(option)
+        if getattr(module.config, option, False) if asked is None else asked:
+            return f"{option} is on"
+    if options.get("return_dict") is False:
+        return "a tuple is asked for"
+    if any(has_hooks(child) for child in passed_over):
+        return "a hook sits on a module that the fused code would pass over"
+    return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether someone listens to this module, or accelerate brings its weights only when it is called.
+
+    transformers' own recording hooks do not count: they stay, dormant, once hidden states were asked for.
+    """
+    if "_hf_hook" in module.__dict__:
+        return True
+    if not module._forward_hooks and not module._forward_pre_hooks:
+        return False
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)

@@ -1,0 +1,308 @@
+"""The text model's forward over the kernels: packed rows, fused projections, a cache that is written in place.
+
+    embeds (B, L, width)
+        -> rows (T, width)                      without padding
+        per layer, x and the residual r carried on:
+            n, r = rms_norm(x + r)
+            q, k, v = n [Wq; Wk; Wv]^T          one product (`fusing.py`)
+            q = qk_norm_rope(q, k, v)           keys and values go into the cache (`kv_cache.py`)
+            a = attention(q, cache)             split over the cache for a few new tokens, varlen for a prompt
+            n, r = rms_norm(a Wo^T + r)
+            x = silu_and_mul(n [Wgate; Wup]^T) Wdown^T
+        -> rms_norm(x + r) -> (B, L, width)
+
+Ten launches a layer in decoding. `TextLayout` holds where every row belongs and is the same for all layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from llava15_kernels import flash_attn_varlen_func, flash_attn_with_kvcache, qk_norm_rope, rms_norm, silu_and_mul
+from llava15_kernels.flash_decode import MAX_ROWS
+
+from .fusing import FusedLinear
+from .kv_cache import adopt
+from .refusal import refusal
+from .sites import site_of
+
+FUSED = "_llava15_fused"
+STATIC_ROPE = ("default", "linear", "yarn", "llama3")
+
+
+def text_model_forward(
+    module: nn.Module,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    past_key_values: Cache | None = None,
+    inputs_embeds: torch.Tensor | None = None,
+    use_cache: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "past_key_values": past_key_values,
+        "inputs_embeds": inputs_embeds,
+        "use_cache": use_cache,
+        **kwargs,
+    }
+    site = site_of(module)
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    if (input_ids is None) == (inputs_embeds is None):
+        return type(module).forward(module, **inputs)  # raises
+    if reason := _text_refusal(module, given, kwargs):
+        site.fall_back(reason)
+        return type(module).forward(module, **inputs)
+
+    use_cache = module.config.use_cache if use_cache is None else use_cache
+    if use_cache and past_key_values is None:
+        past_key_values = DynamicCache(config=module.config)
+    if past_key_values is not None and not adopt(past_key_values, module.config.num_hidden_layers):
+        site.fall_back(f"the cache is a {type(past_key_values).__name__} of its own kind")
+        return type(module).forward(module, **inputs)
+    layout = TextLayout.of(module, given, attention_mask, position_ids, past_key_values)
+    if isinstance(layout, str):
+        site.fall_back(layout)
+        return type(module).forward(module, **{**inputs, "past_key_values": past_key_values})
+
+    embeds = module.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+    hidden_states = run_layers(module, embeds, layout, past_key_values, site.start(embeds.device))
+    return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None)
+
+
+def _text_refusal(module: nn.Module, given: torch.Tensor, options: dict[str, Any]) -> str | None:
+    """Why transformers' own forward has to run, as far as the model and the options say; None if the kernels can."""
+    config = module.config
+    if module.training and config.attention_dropout:
+        return "attention dropout is on"
+    if module.has_sliding_layers or options.get("is_causal") is False:
+        return "the attention is not plainly causal"
+    if config.hidden_act != "silu":
+        return f"no kernel for the activation {config.hidden_act!r}"
+    if module.rotary_emb.rope_type not in STATIC_ROPE:
+        return f"no kernel for the rotary embedding {module.rotary_emb.rope_type!r}"
+    passed_over = [part for layer in module.layers for part in _passed_over(layer)]
+    return refusal(module, given, module.norm.weight, options, [*passed_over, module.norm, module.rotary_emb])
+
+
+def _passed_over(layer: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules of a layer whose `__call__` the fused code does not go through."""
+    attention, mlp = layer.self_attn, layer.mlp
+    norms = layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm
+    return layer, attention, mlp, mlp.act_fn, *norms
+
+
+@dataclass(frozen=True)
+class TextLayout:
+    """Where the rows of one forward belong.
+
+    Attributes:
+        position_ids: (1, T), of the rows.
+        rows: (T,) indices of the tokens in the flattened (B, L); None when none is padding.
+        slots: (1, T) rows of the flattened cache (B * capacity) that they are written to; None without a cache.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: segments for the varlen attention, or None.
+        total_k: rows that the segments of the keys cover.
+        cache_seqlens, cache_leftpad: (B,) int32 for attention split over the cache, or None.
+    """
+
+    position_ids: torch.Tensor
+    rows: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+    total_k: int = 0
+    cache_seqlens: torch.Tensor | None = None
+    cache_leftpad: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        given: torch.Tensor,
+        attention_mask: Any,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> TextLayout | str:
+        """The layout for `given` (B, L, ...) behind what the cache holds, which gets room for it; or why there is none."""
+        batch, length = given.shape[:2]
+        past = 0 if cache is None else cache.get_seq_length()
+        total = past + length
+        device = given.device
+        if position_ids is None:
+            position_ids = torch.arange(past, total, device=device)[None]
+        elif position_ids.ndim != 2 or position_ids.shape[1] != length:
+            return "the positions are not one per token"
+        elif cache is None and attention_mask is None and bool((position_ids.diff(dim=-1) != 1).any()):
+            # Without a cache transformers reads jumps in the positions as the borders of packed sequences.
+            return "the positions describe packed sequences"
+        spans = [(0, total)] * batch
+        if attention_mask is not None:
+            if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != (batch, total):
+                return "the attention mask is not one flag per token"
+            spans = spans_of(attention_mask)
+            if spans is None:
+                return "the attention mask has holes"
+        starts_at = [max(start, past) for start, _ in spans]  # of the new tokens that are not padding
+        ends_at = [max(end, past) for _, end in spans]
+        full = all(start == past and end == total for start, end in zip(starts_at, ends_at, strict=True))
+
+        def indices(first: list[int], last: list[int], offset: int) -> torch.Tensor:
+            """first[b] : last[b] of every prompt b, moved by b * offset, on the device."""
+            parts = [torch.arange(a + b * offset, z + b * offset) for b, (a, z) in enumerate(zip(first, last, strict=True))]
+            return torch.cat(parts).to(device, non_blocking=True)
+
+        rows = None
+        if not full:
+            rows = indices([start - past for start in starts_at], [end - past for end in ends_at], length)
+        position_ids = position_ids.to(device).expand(batch, -1).reshape(1, -1)
+        if rows is not None:
+            position_ids = position_ids[:, rows]
+        if cache is None and full:
+            bounds = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
+            return cls(position_ids, None, None, bounds, bounds, length, length, batch * length)
+        if cache is None:
+            lengths = [end - start for start, end in spans]
+            return cls(position_ids, rows, None, **_segments(lengths, lengths, device))
+
+        text = module.config
+        for layer in cache.layers:
+            layer.reserve(total, batch, text.num_key_value_heads, text.head_dim, module.norm.weight.dtype, device)
+        capacity = cache.layers[0].storages[0].shape[1]
+        slots = indices(starts_at, ends_at, capacity)[None]
+        group = text.num_attention_heads // text.num_key_value_heads
+        if full and past and length * group <= MAX_ROWS:
+            seqlens, leftpad = (
+                torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
+                for values in ([end for _, end in spans], [start for start, _ in spans])
+            )
+            return cls(position_ids, None, slots, cache_seqlens=seqlens, cache_leftpad=leftpad)
+        # The cache's rows are cut into segments too: what lies between the prompts is nobody's, and no query sees it.
+        lengths_q, lengths_k, covered = [], [], 0
+        for b, (start, end) in enumerate(spans):
+            first = b * capacity + start
+            lengths_q += [0, ends_at[b] - starts_at[b]]
+            lengths_k += [first - covered, end - start]
+            covered = first + end - start
+        return cls(position_ids, rows, slots, **_segments(lengths_q, lengths_k, device))
+
+
+def _segments(lengths_q: list[int], lengths_k: list[int], device: torch.device) -> dict[str, Any]:
+    """The varlen attention's arguments. Pairs of empty segments are left out."""
+    pairs = [(0, 0), *(pair for pair in zip(lengths_q, lengths_k, strict=True) if pair != (0, 0))]
+    bounds = torch.tensor(pairs, dtype=torch.int32).cumsum(0, dtype=torch.int32).T.contiguous().to(device, non_blocking=True)
+    return {
+        "cu_seqlens_q": bounds[0],
+        "cu_seqlens_k": bounds[1],
+        "max_seqlen_q": max(lengths_q),
+        "max_seqlen_k": max(lengths_k),
+        "total_k": sum(lengths_k),
+    }
+
+
+def spans_of(attention_mask: torch.Tensor) -> list[tuple[int, int]] | None:
+    """Per prompt the first token and the end of its tokens; None if a mask is not one run. One copy to the host."""
+    valid = attention_mask.bool()
+    count = valid.sum(-1)
+    start = valid.int().argmax(-1)
+    index = torch.arange(valid.shape[1], device=valid.device)
+    one_run = (valid == ((index >= start[:, None]) & (index < (start + count)[:, None]))).all(-1)
+    spans = []
+    for first, tokens, whole in torch.stack([start, count, one_run.long()], dim=1).tolist():
+        if not whole:
+            return None
+        spans.append((first, first + tokens))
+    return spans
+
+
+def run_layers(module: nn.Module, embeds: torch.Tensor, layout: TextLayout, cache: Cache | None, backend: str) -> torch.Tensor:
+    """(B, L, width) -> (B, L, width) after the last norm; zeros where the layout has padding."""
+    x = embeds.flatten(0, 1)
+    if layout.rows is not None:
+        x = x[layout.rows]
+    layers = module.layers[: module.config.num_hidden_layers]
+    norms = [layer.input_layernorm for layer in layers[1:]] + [module.norm]
+    first = layers[0].input_layernorm
+    normed, residual = rms_norm(x, first.weight, first.variance_epsilon, backend=backend), x
+    for layer, next_norm in zip(layers, norms, strict=True):
+        norm, mlp = layer.post_attention_layernorm, layer.mlp
+        attended = attend(module, layer.self_attn, normed, layout, cache, embeds.shape[0], backend)
+        normed, residual = rms_norm(attended, norm.weight, norm.variance_epsilon, residual, backend=backend)
+        x = mlp.down_proj(silu_and_mul(project(mlp, ("gate_proj", "up_proj"), normed), backend=backend))
+        normed, residual = rms_norm(x, next_norm.weight, next_norm.variance_epsilon, residual, backend=backend)
+    if cache is not None:
+        for layer in cache.layers:
+            layer.advance(embeds.shape[1])
+    if layout.rows is None:
+        return normed.view(embeds.shape)
+    return normed.new_zeros(embeds.shape).flatten(0, 1).index_copy_(0, layout.rows, normed).view(embeds.shape)
+
+
+def attend(
+    model: nn.Module,
+    attention: nn.Module,
+    normed: torch.Tensor,
+    layout: TextLayout,
+    cache: Cache | None,
+    batch: int,
+    backend: str,
+) -> torch.Tensor:
+    """(T, width) -> (T, width): projections, head norms, rotary embedding, cache, attention, output projection."""
+    head_dim = attention.head_dim
+    qkv = project(attention, ("q_proj", "k_proj", "v_proj"), normed)
+    heads = model.config.num_attention_heads, model.config.num_key_value_heads, model.config.num_key_value_heads
+    q, k, v = qkv.view(1, -1, sum(heads), head_dim).split(heads, dim=2)
+    arguments = (
+        q, k, attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon,
+        layout.position_ids, model.rotary_emb.inv_freq.float(),
+    )  # fmt: skip
+    options = {"attention_scaling": model.rotary_emb.attention_scaling, "backend": backend}
+    if cache is None:
+        q, k = qk_norm_rope(*arguments, **options)
+        keys, values = k[0], v[0]
+    else:
+        k_cache, v_cache = cache.layers[attention.layer_idx].storages
+        keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
+        q = qk_norm_rope(*arguments, **options, v=v, k_cache=keys, v_cache=values, slot_mapping=layout.slots)
+    if layout.cache_seqlens is not None:
+        attended = flash_attn_with_kvcache(
+            q.view(batch, -1, heads[0], head_dim), k_cache, v_cache,
+            cache_seqlens=layout.cache_seqlens, cache_leftpad=layout.cache_leftpad,
+            softmax_scale=attention.scaling, causal=True, backend=backend,
+        )  # fmt: skip
+    else:
+        attended = flash_attn_varlen_func(
+            q[0], keys[: layout.total_k], values[: layout.total_k], layout.cu_seqlens_q, layout.cu_seqlens_k,
+            layout.max_seqlen_q, layout.max_seqlen_k, softmax_scale=attention.scaling, causal=True, backend=backend,
+        )  # fmt: skip
+    return attention.o_proj(attended.view(normed.shape[0], -1))
+
+
+FUSED_GROUPS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))
+
+
+def project(module: nn.Module, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
+    """The outputs of the named linear layers of `module`, side by side."""
+    fused = module.__dict__.get(FUSED)
+    if fused is None:
+        fused = module.__dict__[FUSED] = FusedLinear()
+    return fused(x, [module._modules[name] for name in names])
+
+
+def release_weights(module: nn.Module) -> None:
+    """Undoes the fusing of all layers of a text model."""
+    for layer in module.layers:
+        for part, names in FUSED_GROUPS:
+            owner = getattr(layer, part, None)
+            if owner is not None and (fused := owner.__dict__.pop(FUSED, None)) is not None:
+                fused.release([owner._modules[name] for name in names])

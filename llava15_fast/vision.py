@@ -1,0 +1,83 @@
+"""The vision tower's blocks and merger over the kernels.
+
+    per block, x and the residual r carried on:
+        n, r = layer_norm(x + r)
+        q, k, v = n Wqkv^T + b,     q, k = vision_rope_2d(q, k)
+        a = attention(q, k, v)                          inside each segment
+        n, r = layer_norm(a Wproj^T + b + r)
+        x = gelu(n W1^T + b) W2^T + b
+    -> x + r
+
+Eight launches a block, and no copy between host and device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import GELUActivation
+
+from llava15_kernels import flash_attn_varlen_func, gelu, layer_norm, patch_merge, vision_rope_2d
+
+from .modeling import VisionLayout
+from .refusal import refusal
+from .sites import site_of
+
+
+def encode(module: nn.Module, hidden_states: torch.Tensor, layout: VisionLayout, **kwargs: Any) -> torch.Tensor:
+    site = site_of(module, "encode")
+    if reason := _encode_refusal(module, hidden_states, kwargs):
+        site.fall_back(reason)
+        return type(module).encode(module, hidden_states, layout, **kwargs)
+    backend = site.start(hidden_states.device)
+    angles = layout.position_ids, module.rotary_pos_emb.inv_freq, module.class_pos_emb
+
+    def norm(layer: nn.LayerNorm, *x: torch.Tensor) -> Any:
+        return layer_norm(x[0], layer.weight, layer.bias, layer.eps, *x[1:], backend=backend)
+
+    blocks = module.blocks
+    normed, residual = norm(blocks[0].norm1, hidden_states), hidden_states
+    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        attention, mlp = block.attn, block.mlp
+        packed = attention.qkv(normed).view(-1, 3, attention.num_heads, attention.head_dim)
+        query, key, value = packed.unbind(1)
+        query, key = vision_rope_2d(query, key, *angles, backend=backend)
+        attended = flash_attn_varlen_func(
+            query, key, value, layout.cu_seqlens, layout.cu_seqlens, layout.max_seqlen, layout.max_seqlen,
+            softmax_scale=attention.scaling, backend=backend,
+        )  # fmt: skip
+        normed, residual = norm(block.norm2, attention.proj(attended.view(hidden_states.shape)), residual)
+        hidden_states = mlp.fc2(gelu(mlp.fc1(normed), backend=backend))
+        if following is not None:
+            normed, residual = norm(following.norm1, hidden_states, residual)
+    return hidden_states + residual
+
+
+def _encode_refusal(module: nn.Module, hidden_states: torch.Tensor, options: dict[str, Any]) -> str | None:
+    """Why the original has to run; None if the kernels can."""
+    blocks, config = module.blocks, module.config
+    if not isinstance(blocks[0].mlp.act, nn.GELU | GELUActivation) or config.hidden_act != "gelu":
+        return f"no kernel for the activation {config.hidden_act!r}"
+    if module.training and config.attention_dropout:
+        return "attention dropout is on"
+    passed_over = [part for block in blocks for part in (block, block.attn, block.mlp, block.mlp.act, block.norm1, block.norm2)]
+    return refusal(module, hidden_states, blocks[0].norm1.weight, options, [*passed_over, module.rotary_pos_emb])
+
+
+def merge_patches(module: nn.Module, hidden_states: torch.Tensor, layout: VisionLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    merger, site = module.merger, site_of(module, "merge_patches")
+    if reason := refusal(module, hidden_states, merger.ln_q.weight, {}, [merger, merger.ln_q]):
+        site.fall_back(reason)
+        return type(module).merge_patches(module, hidden_states, layout)
+    merged = patch_merge(
+        hidden_states,
+        merger.ln_q.weight,
+        merger.ln_q.bias,
+        merger.ln_q.eps,
+        layout.cu_seqlens,
+        module.spatial_merge_size,
+        backend=site.start(hidden_states.device),
+    )
+    return hidden_states[layout.patch_rows], merger.mlp(merged)
