@@ -31,7 +31,7 @@ class FusedLinear:
 
     def __call__(self, x: torch.Tensor, layers: Sequence[nn.Module]) -> torch.Tensor:
         # torch.compile cannot look at storages, and fuses by itself what follows a product.
-        if not torch.compiler.is_compiling() and all(_can_fuse(layer) for layer in layers):
+        if not torch.compiler.is_compiling() and all(can_fuse(layer) for layer in layers):
             if not self._is_current(layers):
                 self._fuse(layers)
             if self.weight is not None:
@@ -79,7 +79,8 @@ class FusedLinear:
         self.weight = None
 
 
-def _can_fuse(layer: nn.Module) -> bool:
+def can_fuse(layer: nn.Module) -> bool:
+    """Whether `layer` is nothing but a product with its weight."""
     weight = layer._parameters.get("weight") if type(layer) is nn.Linear else None
     # A quantised weight is a tensor of another class in a parameter.
     return (

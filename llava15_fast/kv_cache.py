@@ -37,7 +37,9 @@ class _Side:
     def empty(cls, like: torch.Tensor, tokens: int, device: torch.device) -> _Side:
         """Zeros, not garbage: what padding leaves unwritten is multiplied by a weight of 0 where a mask hides it."""
         batch, heads, _, head_dim = like.shape
-        return cls(torch.zeros(batch, capacity_for(tokens), heads, head_dim, dtype=like.dtype, device=device))
+        # A storage made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            return cls(torch.zeros(batch, capacity_for(tokens), heads, head_dim, dtype=like.dtype, device=device))
 
     @classmethod
     def holding(cls, tensor: torch.Tensor, present: _Side | None) -> _Side:

@@ -33,8 +33,10 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from llava15_kernels._dispatch import FLOAT_DTYPES, Backend, check_backend
 from llava15_kernels.flash_attn import MAX_HEAD_DIM
 
-from . import text, vision
+from . import generation, text, vision
+from .graphs import DecodeGraphs
 from .modeling import (
+    LlavaOnevision1_5ForConditionalGeneration,
     LlavaOnevision1_5Model,
     LlavaOnevision1_5VisionAttention,
     LlavaOnevision1_5VisionBlock,
@@ -55,7 +57,7 @@ class Target:
     """A method to replace.
 
     Attributes:
-        path: module path below `LlavaOnevision1_5Model`, `*` for every index.
+        path: module path below `LlavaOnevision1_5Model`, `*` for every index; `HEAD` for the model with the language head.
         module_class: the class the module must be an instance of.
         parameters: names of the parameters that the class's method must have.
         replacement: module-level function with the same parameters, after the module; None for a module that is only read
@@ -71,7 +73,13 @@ class Target:
     kernels: tuple[str, ...] = ()
     attribute: str = "forward"
 
+    @property
+    def name(self) -> str:
+        """As the report calls it."""
+        return ".".join(part for part in (self.path, self.attribute.removeprefix("forward")) if part)
 
+
+HEAD = ""
 _LAYER = "language_model.layers.*"
 _BLOCK = "visual.blocks.*"
 
@@ -98,6 +106,27 @@ TARGETS: tuple[Target, ...] = (
         ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache", "kwargs"),
         text.text_model_forward,
         ("rms_norm + residual", "qk_norm_rope", "flash_attn_varlen_func", "flash_attn_with_kvcache", "silu_and_mul"),
+    ),
+    Target(
+        HEAD,
+        LlavaOnevision1_5ForConditionalGeneration,
+        (
+            "inputs",
+            "generation_config",
+            "logits_processor",
+            "stopping_criteria",
+            "prefix_allowed_tokens_fn",
+            "synced_gpus",
+            "assistant_model",
+            "streamer",
+            "negative_prompt_ids",
+            "negative_prompt_attention_mask",
+            "custom_generate",
+            "kwargs",
+        ),
+        generation.generate,
+        ("decoding loop",),
+        attribute="generate",
     ),
     # Their work is done inside the replaced methods above.
     Target("visual.rotary_pos_emb", LlavaOnevision1_5VisionRotaryEmbedding, ("position_ids", "class_pos_emb"), None),
@@ -149,13 +178,14 @@ TARGETS: tuple[Target, ...] = (
 _REPLACEMENTS = frozenset(target.replacement for target in TARGETS if target.replacement is not None)
 
 
-def patch(model: nn.Module, backend: Backend = "auto") -> PatchHandle:
+def patch(model: nn.Module, backend: Backend = "auto", *, cuda_graph: bool = True) -> PatchHandle:
     """Replaces the forwards of `TARGETS` on this instance by ones that run the kernels.
 
     Args:
         model: a `LlavaOnevision1_5ForConditionalGeneration` or `LlavaOnevision1_5Model`, or a module that holds one.
         backend: "triton" for the kernels, "torch" for their eager counterparts, "auto" for the kernels wherever they can
             run. A call that needs a gradient runs the original forward.
+        cuda_graph: on a GPU, replay the decode step as a CUDA graph from the third token of a request on.
 
     Returns:
         A handle with `report()`. Patching a patched model again changes nothing, or changes the backend.
@@ -166,19 +196,23 @@ def patch(model: nn.Module, backend: Backend = "auto") -> PatchHandle:
         RuntimeError: the backend cannot run on the model's device.
     """
     root = _find_model(model)
-    _check_model(root, backend)
+    _check_model(_inner(root), backend)
     found = [(target, path, module) for target in TARGETS for path, module in _resolve(root, target)]
     if not found:
         raise PatchError(f"{type(root).__name__} has no layers to patch")
     for target, path, module in found:
         _check_untouched(target, path, module)
-    if (current := _sites(root)) and all(site.backend == backend for site in current):
+    language_model = _inner(root).language_model
+    graphs_on = text.GRAPHS in language_model.__dict__
+    if (current := _sites(root)) and graphs_on == cuda_graph and all(site.backend == backend for site in current):
         return PatchHandle(model)
     unpatch(model)
     try:
         for target, path, module in found:
             if target.replacement is not None:
                 _install(target, path, module, backend)
+        if cuda_graph:
+            language_model.__dict__[text.GRAPHS] = DecodeGraphs()
     except BaseException:
         unpatch(model)
         raise
@@ -192,7 +226,7 @@ def unpatch(model: nn.Module) -> None:
         TypeError: `model` holds no model that is known here.
     """
     root = _find_model(model)
-    text.release_weights(root.language_model)
+    text.release(_inner(root).language_model)
     for module in root.modules():
         for attribute in module.__dict__.pop(SITES, {}):
             for slot in (attribute, "_old_forward"):
@@ -204,19 +238,21 @@ def unpatch(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def patched(model: nn.Module, backend: Backend = "auto") -> Iterator[PatchHandle]:
+def patched(model: nn.Module, backend: Backend = "auto", *, cuda_graph: bool = True) -> Iterator[PatchHandle]:
     """`patch` for the length of a `with` block; undone also when the body raises.
 
     A model that was patched before stays patched, with its backend.
     """
-    before = {site.backend for site in _sites(_find_model(model))}
-    handle = patch(model, backend)
+    root = _find_model(model)
+    before = {site.backend for site in _sites(root)}
+    graphs_before = text.GRAPHS in _inner(root).language_model.__dict__
+    handle = patch(model, backend, cuda_graph=cuda_graph)
     try:
         yield handle
     finally:
         unpatch(model)
         for previous in before:
-            patch(model, previous)
+            patch(model, previous, cuda_graph=graphs_before)
 
 
 @dataclass(frozen=True)
@@ -275,7 +311,7 @@ class PatchHandle:
                 ran = sum((site.ran for site in sites), Counter())
                 fallbacks = sum((site.fallbacks for site in sites), Counter())
                 asked = sites[0].backend
-                rows.append(ReportRow(target.path, len(sites), target.kernels, asked, dict(ran), dict(fallbacks)))
+                rows.append(ReportRow(target.name, len(sites), target.kernels, asked, dict(ran), dict(fallbacks)))
         return Report(tuple(rows))
 
     def __repr__(self) -> str:
@@ -283,29 +319,32 @@ class PatchHandle:
         return f"<PatchHandle of a {type(self.model).__name__}, {state}>"
 
 
-def _find_model(model: Any) -> LlavaOnevision1_5Model:
-    found = (
-        [module for module in model.modules() if isinstance(module, LlavaOnevision1_5Model)]
-        if isinstance(model, nn.Module)
-        else []
-    )
+def _find_model(model: Any) -> LlavaOnevision1_5ForConditionalGeneration | LlavaOnevision1_5Model:
+    """The model with the language head in `model`, or the model without where there is no head."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    found = [module for module in modules if isinstance(module, LlavaOnevision1_5Model)]
     if len(found) != 1:
         raise TypeError(
             f"{type(model).__name__} holds {len(found)} models of class LlavaOnevision1_5Model, expected one: pass a "
             "LlavaOnevision1_5ForConditionalGeneration"
         )
-    return found[0]
+    heads = [module for module in modules if isinstance(module, LlavaOnevision1_5ForConditionalGeneration)]
+    return heads[0] if heads else found[0]
 
 
-def _check_model(root: LlavaOnevision1_5Model, backend: str) -> None:
-    vision_config, text_config = root.config.vision_config, root.config.text_config
+def _inner(root: nn.Module) -> LlavaOnevision1_5Model:
+    return root.model if isinstance(root, LlavaOnevision1_5ForConditionalGeneration) else root
+
+
+def _check_model(model: LlavaOnevision1_5Model, backend: str) -> None:
+    vision_config, text_config = model.config.vision_config, model.config.text_config
     for name, head_dim in (
         ("vision", vision_config.hidden_size // vision_config.num_heads),
         ("text", text_config.head_dim),
     ):
         if head_dim > MAX_HEAD_DIM:
             raise PatchError(f"{name} head_dim {head_dim} is not supported, expected at most {MAX_HEAD_DIM}")
-    for norm in (root.language_model.norm, root.visual.pre_layernorm):
+    for norm in (model.language_model.norm, model.visual.pre_layernorm):
         if norm.weight.dtype not in FLOAT_DTYPES:
             raise PatchError(f"dtype {norm.weight.dtype} is not supported, expected float16, bfloat16 or float32")
         if norm.weight.device.type != "meta":
@@ -318,8 +357,10 @@ def _resolve(root: nn.Module, target: Target) -> list[tuple[str, nn.Module]]:
     Raises:
         PatchError: one is missing, or is not what the target declares.
     """
-    found: list[tuple[str, nn.Module]] = [("", root)]
-    for name in target.path.split("."):
+    found: list[tuple[str, nn.Module]] = [("", _inner(root))]
+    if target.path == HEAD:
+        found = [("", root)] if root is not _inner(root) else []
+    for name in target.path.split(".") if target.path else []:
         children = []
         for path, module in found:
             if name == "*":
@@ -327,7 +368,7 @@ def _resolve(root: nn.Module, target: Target) -> list[tuple[str, nn.Module]]:
             elif (child := getattr(module, name, None)) is not None:
                 children.append((f"{path}.{name}".lstrip("."), child))
             else:
-                raise PatchError(f"{path or type(root).__name__} has no {name!r}: the model's structure has changed")
+                raise PatchError(f"{path or type(module).__name__} has no {name!r}: the model's structure has changed")
         found = children
     for path, module in found:
         if not isinstance(module, target.module_class):

@@ -37,9 +37,12 @@ class Site:
     ran: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
 
+    def backend_on(self, device: torch.device) -> str:
+        return default_backend(device) if self.backend == "auto" else self.backend
+
     def start(self, device: torch.device, how: str = "") -> str:
         """The backend for a call on `device`, which is counted; `how` it runs is told in the report."""
-        backend = default_backend(device) if self.backend == "auto" else self.backend
+        backend = self.backend_on(device)
         if not torch.compiler.is_compiling():
             self.ran[f"{backend}, {how}" if how else backend] += 1
         return backend

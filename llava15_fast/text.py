@@ -16,8 +16,8 @@ Ten launches a layer in decoding. `TextLayout` holds where every row belongs and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,13 +27,28 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from llava15_kernels import flash_attn_varlen_func, flash_attn_with_kvcache, qk_norm_rope, rms_norm, silu_and_mul
 from llava15_kernels.flash_decode import MAX_ROWS
 
-from .fusing import FusedLinear
+from .fusing import FusedLinear, can_fuse
+from .graphs import StepInputs
 from .kv_cache import adopt
 from .refusal import refusal
 from .sites import site_of
 
 FUSED = "_llava15_fused"
+GRAPHS = "_llava15_graphs"
+QKV = ("q_proj", "k_proj", "v_proj")
+GATE_UP = ("gate_proj", "up_proj")
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")
+
+
+class LeftPadding(NamedTuple):
+    """An attention mask known to the host: tokens before `starts[b]` are padding, all others up to `total` are not."""
+
+    starts: tuple[int, ...]
+    total: int
+
+    def mask(self, device: torch.device) -> torch.Tensor:
+        starts = torch.tensor(self.starts, device=device)[:, None]
+        return (torch.arange(self.total, device=device) >= starts).long()
 
 
 def text_model_forward(
@@ -56,6 +71,8 @@ def text_model_forward(
         **kwargs,
     }
     site = site_of(module)
+    if isinstance(attention_mask, LeftPadding):
+        inputs["attention_mask"] = attention_mask.mask(module.norm.weight.device)
     given = input_ids if inputs_embeds is None else inputs_embeds
     if (input_ids is None) == (inputs_embeds is None):
         return type(module).forward(module, **inputs)  # raises
@@ -69,13 +86,20 @@ def text_model_forward(
     if past_key_values is not None and not adopt(past_key_values, module.config.num_hidden_layers):
         site.fall_back(f"the cache is a {type(past_key_values).__name__} of its own kind")
         return type(module).forward(module, **inputs)
+    if past_key_values is not None and not past_key_values.layers[0].is_initialized and GRAPHS in module.__dict__:
+        module.__dict__[GRAPHS].lend(past_key_values, *given.shape[:2])
     layout = TextLayout.of(module, given, attention_mask, position_ids, past_key_values)
     if isinstance(layout, str):
         site.fall_back(layout)
         return type(module).forward(module, **{**inputs, "past_key_values": past_key_values})
 
     embeds = module.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-    hidden_states = run_layers(module, embeds, layout, past_key_values, site.start(embeds.device))
+    hidden_states = _replay(module, embeds, layout, past_key_values)
+    if hidden_states is None:
+        hidden_states = run_layers(module, embeds, layout.on_device(), past_key_values, site.start(embeds.device))
+    if past_key_values is not None:
+        for layer in past_key_values.layers:
+            layer.advance(embeds.shape[1])
     return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None)
 
 
@@ -112,6 +136,7 @@ class TextLayout:
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: segments for the varlen attention, or None.
         total_k: rows that the segments of the keys cover.
         cache_seqlens, cache_leftpad: (B,) int32 for attention split over the cache, or None.
+        numbers: the values of `slots`, `cache_seqlens` and `cache_leftpad` where they are not on the device yet.
     """
 
     position_ids: torch.Tensor
@@ -124,6 +149,15 @@ class TextLayout:
     total_k: int = 0
     cache_seqlens: torch.Tensor | None = None
     cache_leftpad: torch.Tensor | None = None
+    numbers: list[list[int]] | None = None
+
+    def on_device(self) -> TextLayout:
+        if self.numbers is None:
+            return self
+        slots, seqlens, leftpad = (
+            torch.tensor(values, dtype=torch.int32).to(self.position_ids.device, non_blocking=True) for values in self.numbers
+        )
+        return replace(self, slots=slots[None], cache_seqlens=seqlens, cache_leftpad=leftpad, numbers=None)
 
     @classmethod
     def of(
@@ -147,7 +181,9 @@ class TextLayout:
             # Without a cache transformers reads jumps in the positions as the borders of packed sequences.
             return "the positions describe packed sequences"
         spans = [(0, total)] * batch
-        if attention_mask is not None:
+        if isinstance(attention_mask, LeftPadding):
+            spans = [(start, total) for start in attention_mask.starts]
+        elif attention_mask is not None:
             if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != (batch, total):
                 return "the attention mask is not one flag per token"
             spans = spans_of(attention_mask)
@@ -179,14 +215,11 @@ class TextLayout:
         for layer in cache.layers:
             layer.reserve(total, batch, text.num_key_value_heads, text.head_dim, module.norm.weight.dtype, device)
         capacity = cache.layers[0].storages[0].shape[1]
-        slots = indices(starts_at, ends_at, capacity)[None]
         group = text.num_attention_heads // text.num_key_value_heads
         if full and past and length * group <= MAX_ROWS:
-            seqlens, leftpad = (
-                torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
-                for values in ([end for _, end in spans], [start for start, _ in spans])
-            )
-            return cls(position_ids, None, slots, cache_seqlens=seqlens, cache_leftpad=leftpad)
+            slots = [b * capacity + token for b in range(batch) for token in range(past, total)]
+            return cls(position_ids, numbers=[slots, [end for _, end in spans], [start for start, _ in spans]])
+        slots = indices(starts_at, ends_at, capacity)[None]
         # The cache's rows are cut into segments too: what lies between the prompts is nobody's, and no query sees it.
         lengths_q, lengths_k, covered = [], [], 0
         for b, (start, end) in enumerate(spans):
@@ -225,6 +258,42 @@ def spans_of(attention_mask: torch.Tensor) -> list[tuple[int, int]] | None:
     return spans
 
 
+def _replay(module: nn.Module, embeds: torch.Tensor, layout: TextLayout, cache: Cache | None) -> torch.Tensor | None:
+    """The output for one new token per prompt by a CUDA graph; None where there is none."""
+    graphs, site = module.__dict__.get(GRAPHS), site_of(module)
+    if graphs is None or layout.numbers is None or embeds.shape[1] != 1 or not graphs.can_capture(embeds.device):
+        return None
+    weights = _weight_addresses(module)
+    if weights is None:
+        return None
+    backend = site.backend_on(embeds.device)
+
+    def step(inputs: StepInputs) -> torch.Tensor:
+        slots, seqlens, leftpad = inputs.rows
+        fixed = TextLayout(inputs.position_ids, slots=slots, cache_seqlens=seqlens, cache_leftpad=leftpad)
+        return run_layers(module, inputs.embeds, fixed, cache, backend)
+
+    key = (backend, embeds.shape, embeds.dtype, *weights)
+    hidden_states = graphs.run(key, cache, embeds, layout.position_ids, layout.numbers, step)
+    if hidden_states is not None:
+        site.start(embeds.device, "CUDA graph")
+    return hidden_states
+
+
+def _weight_addresses(module: nn.Module) -> list[int] | None:
+    """Where a decode step reads its weights; None if one belongs to a module that may compute differently every time."""
+    addresses = [module.norm.weight.data_ptr(), module.rotary_emb.inv_freq.data_ptr()]
+    for layer in module.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        linears = [owner._modules[name] for owner, names in ((attention, QKV), (mlp, GATE_UP)) for name in names]
+        linears += [attention.o_proj, mlp.down_proj]
+        if not all(can_fuse(part) for part in linears):
+            return None
+        norms = [layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm]
+        addresses += [part._parameters["weight"].data_ptr() for part in (*linears, *norms)]
+    return addresses
+
+
 def run_layers(module: nn.Module, embeds: torch.Tensor, layout: TextLayout, cache: Cache | None, backend: str) -> torch.Tensor:
     """(B, L, width) -> (B, L, width) after the last norm; zeros where the layout has padding."""
     x = embeds.flatten(0, 1)
@@ -238,11 +307,8 @@ def run_layers(module: nn.Module, embeds: torch.Tensor, layout: TextLayout, cach
         norm, mlp = layer.post_attention_layernorm, layer.mlp
         attended = attend(module, layer.self_attn, normed, layout, cache, embeds.shape[0], backend)
         normed, residual = rms_norm(attended, norm.weight, norm.variance_epsilon, residual, backend=backend)
-        x = mlp.down_proj(silu_and_mul(project(mlp, ("gate_proj", "up_proj"), normed), backend=backend))
+        x = mlp.down_proj(silu_and_mul(project(mlp, GATE_UP, normed), backend=backend))
         normed, residual = rms_norm(x, next_norm.weight, next_norm.variance_epsilon, residual, backend=backend)
-    if cache is not None:
-        for layer in cache.layers:
-            layer.advance(embeds.shape[1])
     if layout.rows is None:
         return normed.view(embeds.shape)
     return normed.new_zeros(embeds.shape).flatten(0, 1).index_copy_(0, layout.rows, normed).view(embeds.shape)
@@ -259,7 +325,7 @@ def attend(
 ) -> torch.Tensor:
     """(T, width) -> (T, width): projections, head norms, rotary embedding, cache, attention, output projection."""
     head_dim = attention.head_dim
-    qkv = project(attention, ("q_proj", "k_proj", "v_proj"), normed)
+    qkv = project(attention, QKV, normed)
     heads = model.config.num_attention_heads, model.config.num_key_value_heads, model.config.num_key_value_heads
     q, k, v = qkv.view(1, -1, sum(heads), head_dim).split(heads, dim=2)
     arguments = (
@@ -288,9 +354,6 @@ def attend(
     return attention.o_proj(attended.view(normed.shape[0], -1))
 
 
-FUSED_GROUPS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))
-
-
 def project(module: nn.Module, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
     """The outputs of the named linear layers of `module`, side by side."""
     fused = module.__dict__.get(FUSED)
@@ -299,10 +362,12 @@ def project(module: nn.Module, names: tuple[str, ...], x: torch.Tensor) -> torch
     return fused(x, [module._modules[name] for name in names])
 
 
-def release_weights(module: nn.Module) -> None:
-    """Undoes the fusing of all layers of a text model."""
+def release(module: nn.Module) -> None:
+    """Frees the graphs of a text model and takes its fused weights apart."""
+    if (graphs := module.__dict__.pop(GRAPHS, None)) is not None:
+        graphs.clear()
     for layer in module.layers:
-        for part, names in FUSED_GROUPS:
+        for part, names in (("self_attn", QKV), ("mlp", GATE_UP)):
             owner = getattr(layer, part, None)
             if owner is not None and (fused := owner.__dict__.pop(FUSED, None)) is not None:
                 fused.release([owner._modules[name] for name in names])
