@@ -157,7 +157,9 @@ class DecodeGraphs:
             captured = CapturedStep()
             if self.pool is None and embeds.is_cuda:
                 self.pool = torch.cuda.graph_pool_handle()
-            entry.output = captured.capture(lambda: step(inputs), self.pool)
+            # What is captured may be replayed in and out of inference mode.
+            with torch.inference_mode(False), torch.no_grad():
+                entry.output = captured.capture(lambda: step(inputs), self.pool)
         except torch.OutOfMemoryError:
             entry.failed = True
             logger.warning("no memory to capture the decode step in a CUDA graph: it runs without one")
@@ -165,12 +167,13 @@ class DecodeGraphs:
         entry.inputs, entry.step = inputs, captured
         return True
 
-    def lend(self, cache: Cache, batch: int, tokens: int) -> None:
-        """Gives an empty cache the storages of one that is gone, if they are of the right size."""
+    def lend(self, cache: Cache, batch: int, tokens: int, like: torch.Tensor) -> None:
+        """Gives an empty cache the storages of one that is gone, if they are of the right size and as `like`."""
         with self.lock:
             for entry in self.entries:
                 keys = entry.storages[0][0]
-                if entry.owner() is None and keys.shape[0] == batch and tokens <= keys.shape[1]:
+                fits = keys.shape[0] == batch and tokens <= keys.shape[1]
+                if fits and entry.owner() is None and (keys.dtype, keys.device) == (like.dtype, like.device):
                     for layer, storages in zip(cache.layers, entry.storages, strict=True):
                         layer.storages = tuple(side.zero_() for side in storages)
                     for other in self.entries:

@@ -37,6 +37,9 @@ FUSED = "_llava15_fused"
 GRAPHS = "_llava15_graphs"
 QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = ("gate_proj", "up_proj")
+
+Storages = list[tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values of every layer, each (B, capacity, kv_heads, head_dim)."""
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")
 
 
@@ -87,7 +90,7 @@ def text_model_forward(
         site.fall_back(f"the cache is a {type(past_key_values).__name__} of its own kind")
         return type(module).forward(module, **inputs)
     if past_key_values is not None and not past_key_values.layers[0].is_initialized and GRAPHS in module.__dict__:
-        module.__dict__[GRAPHS].lend(past_key_values, *given.shape[:2])
+        module.__dict__[GRAPHS].lend(past_key_values, *given.shape[:2], module.norm.weight)
     layout = TextLayout.of(module, given, attention_mask, position_ids, past_key_values)
     if isinstance(layout, str):
         site.fall_back(layout)
@@ -96,7 +99,8 @@ def text_model_forward(
     embeds = module.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
     hidden_states = _replay(module, embeds, layout, past_key_values)
     if hidden_states is None:
-        hidden_states = run_layers(module, embeds, layout.on_device(), past_key_values, site.start(embeds.device))
+        storages = None if past_key_values is None else [layer.storages for layer in past_key_values.layers]
+        hidden_states = run_layers(module, embeds, layout.on_device(), storages, site.start(embeds.device))
     if past_key_values is not None:
         for layer in past_key_values.layers:
             layer.advance(embeds.shape[1])
@@ -267,11 +271,12 @@ def _replay(module: nn.Module, embeds: torch.Tensor, layout: TextLayout, cache: 
     if weights is None:
         return None
     backend = site.backend_on(embeds.device)
+    storages = [layer.storages for layer in cache.layers]
 
     def step(inputs: StepInputs) -> torch.Tensor:
         slots, seqlens, leftpad = inputs.rows
         fixed = TextLayout(inputs.position_ids, slots=slots, cache_seqlens=seqlens, cache_leftpad=leftpad)
-        return run_layers(module, inputs.embeds, fixed, cache, backend)
+        return run_layers(module, inputs.embeds, fixed, storages, backend)
 
     key = (backend, embeds.shape, embeds.dtype, *weights)
     hidden_states = graphs.run(key, cache, embeds, layout.position_ids, layout.numbers, step)
@@ -294,7 +299,9 @@ def _weight_addresses(module: nn.Module) -> list[int] | None:
     return addresses
 
 
-def run_layers(module: nn.Module, embeds: torch.Tensor, layout: TextLayout, cache: Cache | None, backend: str) -> torch.Tensor:
+def run_layers(
+    module: nn.Module, embeds: torch.Tensor, layout: TextLayout, storages: Storages | None, backend: str
+) -> torch.Tensor:
     """(B, L, width) -> (B, L, width) after the last norm; zeros where the layout has padding."""
     x = embeds.flatten(0, 1)
     if layout.rows is not None:
@@ -305,7 +312,7 @@ def run_layers(module: nn.Module, embeds: torch.Tensor, layout: TextLayout, cach
     normed, residual = rms_norm(x, first.weight, first.variance_epsilon, backend=backend), x
     for layer, next_norm in zip(layers, norms, strict=True):
         norm, mlp = layer.post_attention_layernorm, layer.mlp
-        attended = attend(module, layer.self_attn, normed, layout, cache, embeds.shape[0], backend)
+        attended = attend(module, layer.self_attn, normed, layout, storages, embeds.shape[0], backend)
         normed, residual = rms_norm(attended, norm.weight, norm.variance_epsilon, residual, backend=backend)
         x = mlp.down_proj(silu_and_mul(project(mlp, GATE_UP, normed), backend=backend))
         normed, residual = rms_norm(x, next_norm.weight, next_norm.variance_epsilon, residual, backend=backend)
@@ -319,7 +326,7 @@ def attend(
     attention: nn.Module,
     normed: torch.Tensor,
     layout: TextLayout,
-    cache: Cache | None,
+    storages: Storages | None,
     batch: int,
     backend: str,
 ) -> torch.Tensor:
@@ -333,11 +340,11 @@ def attend(
         layout.position_ids, model.rotary_emb.inv_freq.float(),
     )  # fmt: skip
     options = {"attention_scaling": model.rotary_emb.attention_scaling, "backend": backend}
-    if cache is None:
+    if storages is None:
         q, k = qk_norm_rope(*arguments, **options)
         keys, values = k[0], v[0]
     else:
-        k_cache, v_cache = cache.layers[attention.layer_idx].storages
+        k_cache, v_cache = storages[attention.layer_idx]
         keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
         q = qk_norm_rope(*arguments, **options, v=v, k_cache=keys, v_cache=values, slot_mapping=layout.slots)
     if layout.cache_seqlens is not None:
