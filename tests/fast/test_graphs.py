@@ -1,0 +1,224 @@
+"""The decode step as a CUDA graph: what is captured, replayed, kept and given up. Without a GPU a stand-in replays by calling
+the step again on the same buffers, after it has filled the output with NaN."""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+
+import llava15_fast
+from llava15_fast import graphs as graphs_module
+from llava15_fast.graphs import LIMIT, DecodeGraphs
+from llava15_fast.text import GRAPHS
+
+OPTIONS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+class Replayed:
+    """What `CapturedStep` does, without a graph: nothing is computed while capturing."""
+
+    captured = 0
+
+    def capture(self, step, pool):
+        type(self).captured += 1
+        self.step = step
+        self.output = torch.full_like(step(), float("nan"))
+        return self.output
+
+    def replay(self):
+        self.output.copy_(self.step())
+
+
+@pytest.fixture
+def patched(tiny, monkeypatch):
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(graphs_module, "CapturedStep", Replayed)
+        monkeypatch.setattr(DecodeGraphs, "can_capture", staticmethod(lambda device: not torch.compiler.is_compiling()))
+    Replayed.captured = 0
+    handle = llava15_fast.patch(tiny, "auto" if torch.cuda.is_available() else "torch")
+    return tiny, handle
+
+
+@pytest.fixture
+def prompts(golden):
+    def prompt(case):
+        return {key: value for key, value in golden[case][0].items() if key != "labels"}
+
+    return prompt
+
+
+def replays(handle):
+    ran = next(row for row in handle.report().rows if row.path == "language_model").ran
+    return sum(count for how, count in ran.items() if "CUDA graph" in how)
+
+
+def eager(model, prompt, **options):
+    llava15_fast.unpatch(model)
+    return model.generate(**prompt, **OPTIONS, **options)
+
+
+@pytest.mark.parametrize("case", ["one_image", "batch_left_pad", "text", "video"])
+def test_replayed_steps_give_the_same_ids(patched, prompts, case):
+    model, handle = patched
+    ids = model.generate(**prompts(case), max_new_tokens=12, **OPTIONS)
+    # The first token is the prompt's, the second step is seen for the first time, the third is captured.
+    assert replays(handle) == 10
+    assert torch.equal(ids, eager(model, prompts(case), max_new_tokens=12))
+
+
+def test_beams_reorder_the_cache_in_place(patched, prompts):
+    model, handle = patched
+    ids = model.generate(**prompts("one_image"), max_new_tokens=8, num_beams=3, **OPTIONS)
+    assert replays(handle) == 6
+    assert torch.equal(ids, eager(model, prompts("one_image"), max_new_tokens=8, num_beams=3))
+
+
+def test_a_second_request_replays_the_first_ones_graph(patched, prompts):
+    model, handle = patched
+    first = model.generate(**prompts("one_image"), max_new_tokens=6, **OPTIONS)
+    gc.collect()
+    before = replays(handle)
+    second = model.generate(**prompts("two_images"), max_new_tokens=6, **OPTIONS)
+    assert replays(handle) == before + 5  # every step but the prompt's
+    if not torch.cuda.is_available():
+        assert Replayed.captured == 1
+    assert torch.equal(first, eager(model, prompts("one_image"), max_new_tokens=6))
+    assert torch.equal(second, eager(model, prompts("two_images"), max_new_tokens=6))
+
+
+def test_a_cache_that_is_still_used_keeps_its_storages(patched, prompts):
+    """Two conversations at once: the second must not write into the first one's cache."""
+    model, _ = patched
+    options = {"max_new_tokens": 5, "return_dict_in_generate": True, **OPTIONS}
+    first = model.generate(**prompts("text"), **options)
+    kept = [layer.keys.clone() for layer in first.past_key_values.layers]
+    second = model.generate(**prompts("one_image"), **options)
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(first.past_key_values.layers, kept, strict=True))
+    addresses = {layer.keys.data_ptr() for out in (first, second) for layer in out.past_key_values.layers}
+    assert len(addresses) == 2 * len(kept)
+    continued = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=5, **OPTIONS)
+    assert torch.equal(continued, eager(model, {"inputs": first.sequences}, max_new_tokens=5))
+
+
+def test_outputs_are_the_callers(patched, prompts):
+    model, _ = patched
+    options = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 7, **OPTIONS}
+    found = model.generate(**prompts("text"), **options).logits
+    llava15_fast.unpatch(model)
+    expected = model.generate(**prompts("text"), **options).logits
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_hidden_states_of_one_step_survive_the_next(patched, prompts):
+    model, _ = patched
+    text = model.model.language_model
+    with torch.no_grad():
+        cache = text(input_ids=prompts("text")["input_ids"], use_cache=True).past_key_values
+        steps = [torch.tensor([[token]], device=model.device) for token in (5, 6, 7, 8)]
+        outputs = [text(input_ids=step, past_key_values=cache).last_hidden_state for step in steps]
+        copies = [output.clone() for output in outputs[:-1]]
+        text(input_ids=steps[0], past_key_values=cache)
+    assert all(torch.equal(output, kept) for output, kept in zip(outputs, copies, strict=False))
+
+
+def test_new_weights_are_captured_anew(patched, prompts):
+    model, _ = patched
+    model.generate(**prompts("text"), max_new_tokens=6, **OPTIONS)
+    state = {name: value * 1.3 for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    ids = model.generate(**prompts("text"), max_new_tokens=6, **OPTIONS)
+    assert torch.equal(ids, eager(model, prompts("text"), max_new_tokens=6))
+
+
+def test_weights_changed_in_place_are_used_by_the_graph(patched, prompts):
+    model, _ = patched
+    model.generate(**prompts("text"), max_new_tokens=6, **OPTIONS)
+    model.load_state_dict({name: value * 1.3 for name, value in model.state_dict().items()})
+    ids = model.generate(**prompts("text"), max_new_tokens=6, **OPTIONS)
+    if not torch.cuda.is_available():
+        assert Replayed.captured == 1
+    assert torch.equal(ids, eager(model, prompts("text"), max_new_tokens=6))
+
+
+def test_a_growing_cache_is_captured_anew(patched, prompts, monkeypatch):
+    monkeypatch.setattr("llava15_fast.kv_cache.BLOCK", 8)
+    monkeypatch.setattr("llava15_fast.kv_cache.HEADROOM", 0)
+    model, handle = patched
+    ids = model.generate(**prompts("text"), max_new_tokens=30, **OPTIONS)
+    assert replays(handle) > 20
+    assert len(model.model.language_model.__dict__[GRAPHS].entries) == 1  # nobody comes back to a storage that was left
+    assert torch.equal(ids, eager(model, prompts("text"), max_new_tokens=30))
+
+
+def test_the_number_of_graphs_is_bounded(patched, prompts):
+    model, _ = patched
+    text = prompts("text")["input_ids"]
+    for batch in (1, 2, 3, 4):
+        ids = model.generate(text.expand(batch, -1), max_new_tokens=5, **OPTIONS)
+        assert (ids == ids[0]).all()
+    assert len(model.model.language_model.__dict__[GRAPHS].entries) == LIMIT
+
+
+def test_a_projection_of_another_kind_is_not_captured(patched, prompts):
+    """An adapter may be switched between two steps; a graph would not notice."""
+    model, handle = patched
+    model.model.language_model.layers[0].self_attn.o_proj = torch.nn.Sequential(
+        model.model.language_model.layers[0].self_attn.o_proj
+    )
+    model.generate(**prompts("text"), max_new_tokens=5, **OPTIONS)
+    assert replays(handle) == 0
+
+
+def test_graphs_can_be_switched_off(patched, prompts):
+    model, _ = patched
+    handle = llava15_fast.patch(model, "torch", cuda_graph=False)
+    model.generate(**prompts("text"), max_new_tokens=5, **OPTIONS)
+    assert replays(handle) == 0 and GRAPHS not in model.model.language_model.__dict__
+    with llava15_fast.patched(model, "torch"):
+        assert GRAPHS in model.model.language_model.__dict__
+    assert GRAPHS not in model.model.language_model.__dict__
+
+
+def test_unpatch_frees_them(patched, prompts):
+    model, _ = patched
+    model.generate(**prompts("text"), max_new_tokens=5, **OPTIONS)
+    held = model.model.language_model.__dict__[GRAPHS]
+    assert held.entries
+    llava15_fast.unpatch(model)
+    assert not held.entries and GRAPHS not in model.model.language_model.__dict__
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_a_copy_captures_its_own(patched, prompts, clone):
+    model, _ = patched
+    expected = model.generate(**prompts("text"), max_new_tokens=5, **OPTIONS)
+    twin = clone(model)
+    assert not twin.model.language_model.__dict__[GRAPHS].entries
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(twin.generate(**prompts("text"), max_new_tokens=5, **OPTIONS), expected)
+
+
+def test_without_memory_for_a_graph_the_step_runs_without(patched, prompts, monkeypatch, caplog):
+    def fail(self, step, pool):
+        raise torch.OutOfMemoryError("no memory")
+
+    model, handle = patched
+    monkeypatch.setattr(graphs_module.CapturedStep, "capture", fail)
+    ids = model.generate(**prompts("text"), max_new_tokens=6, **OPTIONS)
+    assert replays(handle) == 0 and "no memory to capture" in caplog.text
+    assert torch.equal(ids, eager(model, prompts("text"), max_new_tokens=6))
+
+
+def test_inference_mode_and_no_grad_share_a_graph(patched, prompts):
+    """Buffers made in inference mode could not be written to outside of it."""
+    model, _ = patched
+    with torch.inference_mode():
+        model.generate(**prompts("text"), max_new_tokens=5, **OPTIONS)
+    gc.collect()
+    ids = model.generate(**prompts("text"), max_new_tokens=5, **OPTIONS)
+    assert torch.equal(ids, eager(model, prompts("text"), max_new_tokens=5))
