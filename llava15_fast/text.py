@@ -26,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llava15_kernels import flash_attn_varlen_func, flash_attn_with_kvcache, qk_norm_rope, rms_norm, silu_and_mul
 from llava15_kernels.flash_decode import MAX_ROWS
+from llava15_kernels.qk_norm_rope import norm_and_rotate, rope_tables, write_rows
 
 from .fusing import FusedLinear, can_fuse
 from .graphs import StepInputs
@@ -306,13 +307,17 @@ def run_layers(
     x = embeds.flatten(0, 1)
     if layout.rows is not None:
         x = x[layout.rows]
+    rope = layout.position_ids, module.rotary_emb.inv_freq.float(), module.rotary_emb.attention_scaling
+    if backend == "torch":
+        # Made once; the kernel makes its angles where it uses them.
+        rope = rope_tables(*rope)
     layers = module.layers[: module.config.num_hidden_layers]
     norms = [layer.input_layernorm for layer in layers[1:]] + [module.norm]
     first = layers[0].input_layernorm
     normed, residual = rms_norm(x, first.weight, first.variance_epsilon, backend=backend), x
     for layer, next_norm in zip(layers, norms, strict=True):
         norm, mlp = layer.post_attention_layernorm, layer.mlp
-        attended = attend(module, layer.self_attn, normed, layout, storages, embeds.shape[0], backend)
+        attended = attend(module.config, layer.self_attn, normed, layout, rope, storages, embeds.shape[0], backend)
         normed, residual = rms_norm(attended, norm.weight, norm.variance_epsilon, residual, backend=backend)
         x = mlp.down_proj(silu_and_mul(project(mlp, GATE_UP, normed), backend=backend))
         normed, residual = rms_norm(x, next_norm.weight, next_norm.variance_epsilon, residual, backend=backend)
@@ -322,10 +327,11 @@ def run_layers(
 
 
 def attend(
-    model: nn.Module,
+    config: Any,
     attention: nn.Module,
     normed: torch.Tensor,
     layout: TextLayout,
+    rope: tuple,
     storages: Storages | None,
     batch: int,
     backend: str,
@@ -333,20 +339,24 @@ def attend(
     """(T, width) -> (T, width): projections, head norms, rotary embedding, cache, attention, output projection."""
     head_dim = attention.head_dim
     qkv = project(attention, QKV, normed)
-    heads = model.config.num_attention_heads, model.config.num_key_value_heads, model.config.num_key_value_heads
+    heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
     q, k, v = qkv.view(1, -1, sum(heads), head_dim).split(heads, dim=2)
-    arguments = (
-        q, k, attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon,
-        layout.position_ids, model.rotary_emb.inv_freq.float(),
-    )  # fmt: skip
-    options = {"attention_scaling": model.rotary_emb.attention_scaling, "backend": backend}
-    if storages is None:
-        q, k = qk_norm_rope(*arguments, **options)
-        keys, values = k[0], v[0]
-    else:
+    norms = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon
+    if storages is not None:
         k_cache, v_cache = storages[attention.layer_idx]
         keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
-        q = qk_norm_rope(*arguments, **options, v=v, k_cache=keys, v_cache=values, slot_mapping=layout.slots)
+    if backend == "torch":
+        q, k = norm_and_rotate(q, k, *norms, *rope)
+        if storages is not None:
+            write_rows(keys, values, layout.slots, k, v)
+    else:
+        *angles, scaling = rope
+        cache = {} if storages is None else {"v": v, "k_cache": keys, "v_cache": values, "slot_mapping": layout.slots}
+        q = qk_norm_rope(q, k, *norms, *angles, attention_scaling=scaling, backend=backend, **cache)
+        if storages is None:
+            q, k = q
+    if storages is None:
+        keys, values = k[0], v[0]
     if layout.cache_seqlens is not None:
         attended = flash_attn_with_kvcache(
             q.view(batch, -1, heads[0], head_dim), k_cache, v_cache,

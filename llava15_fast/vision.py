@@ -20,6 +20,7 @@ from torch import nn
 from transformers.activations import GELUActivation
 
 from llava15_kernels import flash_attn_varlen_func, gelu, layer_norm, patch_merge, vision_rope_2d
+from llava15_kernels.vision_rope import apply_rope_tables, vision_rope_tables
 
 from .modeling import VisionLayout
 from .refusal import refusal
@@ -33,6 +34,8 @@ def encode(module: nn.Module, hidden_states: torch.Tensor, layout: VisionLayout,
         return type(module).encode(module, hidden_states, layout, **kwargs)
     backend = site.start(hidden_states.device)
     angles = layout.position_ids, module.rotary_pos_emb.inv_freq, module.class_pos_emb
+    # Without the kernel, which makes its angles where it uses them, the tables are made once.
+    tables = vision_rope_tables(*angles) if backend == "torch" else None
 
     def norm(layer: nn.LayerNorm, *x: torch.Tensor) -> Any:
         return layer_norm(x[0], layer.weight, layer.bias, layer.eps, *x[1:], backend=backend)
@@ -43,7 +46,10 @@ def encode(module: nn.Module, hidden_states: torch.Tensor, layout: VisionLayout,
         attention, mlp = block.attn, block.mlp
         packed = attention.qkv(normed).view(-1, 3, attention.num_heads, attention.head_dim)
         query, key, value = packed.unbind(1)
-        query, key = vision_rope_2d(query, key, *angles, backend=backend)
+        if tables is None:
+            query, key = vision_rope_2d(query, key, *angles, backend=backend)
+        else:
+            query, key = apply_rope_tables(query, key, *tables)
         attended = flash_attn_varlen_func(
             query, key, value, layout.cu_seqlens, layout.cu_seqlens, layout.max_seqlen, layout.max_seqlen,
             softmax_scale=attention.scaling, backend=backend,

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch._subclasses.fake_tensor import is_fake
 
 from ._dispatch import INTERPRETED, LAUNCH_OPTIONS, Backend, architecture, choose_backend, device_guard, multiprocessors
 from .cost import Cost, declares_cost, nbytes
@@ -305,7 +306,7 @@ def flash_attn_with_kvcache(
         softmax_scale = q.shape[-1] ** -0.5
     arguments = (q, k_cache, v_cache, cache_seqlens, cache_leftpad, softmax_scale, causal)
     if choose_backend("flash_attn_with_kvcache", backend, q, k_cache, v_cache) == "torch":
-        return flash_attn_with_kvcache_ref(*arguments)
+        return flash_attn_with_kvcache_sdpa(*arguments)
     return torch.ops.llava15.flash_decode(*arguments, num_splits)
 
 
@@ -334,6 +335,42 @@ def _check(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> tup
     if k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1:
         raise ValueError(f"{op}: the caches need a contiguous last dimension")
     return batch, k_cache.shape[1]
+
+
+def flash_attn_with_kvcache_sdpa(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cache_leftpad: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+) -> torch.Tensor:
+    """The torch backend: `scaled_dot_product_attention`, the heads of a KV head as further queries of it."""
+    length, heads = q.shape[1:3]
+    kv_heads = k_cache.shape[2]
+    if q.device.type != "cpu" or torch.compiler.is_compiling() or is_fake(q) or q.numel() == 0:
+        # The host cannot see the lengths.
+        return flash_attn_with_kvcache_ref(q, k_cache, v_cache, cache_seqlens, cache_leftpad, softmax_scale, causal)
+    ends, starts = cache_seqlens.tolist(), cache_leftpad.tolist()
+    first, last = max(min(starts), 0), min(max(ends), k_cache.shape[1])
+    if last - max(starts) < length or min(ends) < last:
+        return flash_attn_with_kvcache_ref(q, k_cache, v_cache, cache_seqlens, cache_leftpad, softmax_scale, causal)
+    mask = None
+    if max(starts) > first or (causal and length > 1):
+        slots = torch.arange(first, last)
+        mask = (slots >= cache_leftpad[:, None, None]).expand(-1, length, -1)
+        if causal:
+            mask = mask & (slots <= last - length + torch.arange(length)[:, None])
+        mask = mask.repeat_interleave(heads // kv_heads, dim=1)[:, None]
+    queries = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 1, 3, 4).flatten(2, 3)
+    keys, values = (cache[:, first:last].transpose(1, 2) for cache in (k_cache, v_cache))
+    if max(starts) > first:
+        # What lies before a prompt's start may be anything, and 0 times anything need not be 0.
+        nobodys = (torch.arange(first, last) < cache_leftpad[:, None])[:, None, :, None]
+        keys, values = keys.masked_fill(nobodys, 0.0), values.masked_fill(nobodys, 0.0)
+    out = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=softmax_scale)
+    return out.unflatten(2, (length, -1)).permute(0, 2, 1, 3, 4).reshape(q.shape)
 
 
 def flash_attn_with_kvcache_ref(

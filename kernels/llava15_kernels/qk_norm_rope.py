@@ -308,9 +308,7 @@ def qk_norm_rope(
         return torch.ops.llava15.qk_norm_rope(q, k, q_weight, k_weight, eps, position_ids, inv_freq, attention_scaling)
     if chosen == "torch":
         q, k = qk_norm_rope_ref(q, k, q_weight, k_weight, eps, position_ids, inv_freq, attention_scaling)
-        rows = slot_mapping.flatten().long()
-        inside = (rows >= 0) & (rows < k_cache.shape[0])
-        k_cache[rows[inside]], v_cache[rows[inside]] = k.flatten(0, 1)[inside], v.flatten(0, 1)[inside]
+        write_rows(k_cache, v_cache, slot_mapping, k, v)
         return q
     return torch.ops.llava15.qk_norm_rope_into_cache(
         q, k, q_weight, k_weight, eps, position_ids, inv_freq, attention_scaling, *cache
@@ -385,12 +383,43 @@ def qk_norm_rope_ref(
     attention_scaling: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The eager reference, without a cache. With float64 inputs it computes in float64."""
+    return norm_and_rotate(q, k, q_weight, k_weight, eps, *rope_tables(position_ids, inv_freq, attention_scaling))
+
+
+def rope_tables(
+    position_ids: torch.Tensor, inv_freq: torch.Tensor, attention_scaling: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin (B or 1, L, 1, head_dim / 2), the same for every layer."""
     wide = torch.promote_types(inv_freq.dtype, torch.float32)
     angles = (position_ids[..., None].to(wide) * inv_freq.to(wide))[:, :, None]
-    cos, sin = angles.cos() * attention_scaling, angles.sin() * attention_scaling
+    return angles.cos() * attention_scaling, angles.sin() * attention_scaling
+
+
+def norm_and_rotate(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`qk_norm_rope_ref` with the tables made before."""
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
-        first, second = x.to(wide).chunk(2, dim=-1)
+        first, second = x.to(cos.dtype).chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
     return rotate(rms_norm_ref(q, q_weight, eps)), rotate(rms_norm_ref(k, k_weight, eps))
+
+
+def write_rows(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> None:
+    """Keys and values (B, L, kv_heads, head_dim) into the rows `slot_mapping` of the caches, for the torch backend."""
+    rows, keys, values = slot_mapping.flatten().long(), k.flatten(0, 1), v.flatten(0, 1)
+    inside = (rows >= 0) & (rows < k_cache.shape[0])
+    if not inside.all():
+        rows, keys, values = rows[inside], keys[inside], values[inside]
+    k_cache.index_copy_(0, rows, keys)
+    v_cache.index_copy_(0, rows, values)

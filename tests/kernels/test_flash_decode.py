@@ -37,6 +37,24 @@ def test_flash_attn_with_kvcache(device, length, splits, dtype):
     check(q, k, v, int32(300, 129, 17, device=device), int32(0, 5, 0, device=device), True, splits=splits)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("ends,starts", [((90, 90), (0, 0)), ((70, 70), (5, 5)), ((64, 64), (0, 61)), ((90, 40), (7, 2))])
+def test_the_torch_backend(device, ends, starts, length, causal, dtype):
+    q, k, v = inputs(2, length, 6, 2, 64, 90, dtype, device)
+    for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        for x in (k, v):
+            x[row, :start] = x[row, end:] = float("nan")
+    # The reference multiplies scores before it hides them.
+    clean = [x.nan_to_num(0.0) for x in (k, v)]
+    ends, starts = int32(*ends, device=device), int32(*starts, device=device)
+    ours = flash_attn_with_kvcache(q, k, v, cache_seqlens=ends, cache_leftpad=starts, causal=causal, backend="torch")
+    arguments = (ends, starts, 64**-0.5, causal)
+    eager = flash_attn_with_kvcache_ref(q, *clean, *arguments)
+    assert_close(ours, eager, flash_attn_with_kvcache_ref(q.double(), *(x.double() for x in clean), *arguments))
+
+
 @pytest.mark.parametrize("heads,kv_heads,head_dim", [(5, 5, 16), (32, 8, 128), (2, 1, 72), (4, 2, 80), (1, 1, 256)])
 def test_head_shapes(device, heads, kv_heads, head_dim):
     q, k, v = inputs(2, 1, heads, kv_heads, head_dim, 70, torch.float32, device)

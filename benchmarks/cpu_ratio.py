@@ -1,0 +1,135 @@
+"""patched / unpatched on a CPU: what the torch backend costs or gains, for people without a GPU.
+
+    python -m benchmarks.cpu_ratio --json benchmarks/results/cpu/ratio.json
+
+Random weights, two sizes. Each figure is the median over interleaved pairs (one run of each, in turns); both sides are checked
+to give the same result first. Only the ratios mean something: the machine's speed does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import track
+
+import llava15_fast
+from llava15_fast import LlavaOnevision1_5Config, LlavaOnevision1_5ForConditionalGeneration
+
+SIZES = {
+    "small": {"text": (256, 768, 8, 2, 32, 4), "vision": (192, 768, 4, 4)},
+    "large": {"text": (768, 2048, 12, 4, 64, 6), "vision": (384, 1536, 6, 6)},
+}
+"""(width, MLP width, heads, KV heads, head_dim, layers) and (width, MLP width, heads, layers)."""
+
+
+def random_model(size: str) -> LlavaOnevision1_5ForConditionalGeneration:
+    width, mlp, heads, kv_heads, head_dim, layers = SIZES[size]["text"]
+    vision_width, vision_mlp, vision_heads, depth = SIZES[size]["vision"]
+    text = {
+        "hidden_size": width, "intermediate_size": mlp, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "head_dim": head_dim, "num_hidden_layers": layers, "vocab_size": 2048, "max_position_embeddings": 4096,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": vision_width, "intermediate_size": vision_mlp, "num_heads": vision_heads, "depth": depth,
+        "text_hidden_size": width,
+    }  # fmt: skip
+    config = LlavaOnevision1_5Config(
+        text_config=text, vision_config=vision, image_token_id=2000, video_token_id=2001, vision_start_token_id=2002
+    )
+    torch.manual_seed(0)
+    return LlavaOnevision1_5ForConditionalGeneration(config).eval()
+
+
+def cases() -> dict[str, Callable[[Any], torch.Tensor]]:
+    """name -> a call on a model."""
+    torch.manual_seed(1)
+    prompt = torch.randint(0, 1999, (1, 384))
+    batch = torch.randint(0, 1999, (4, 256))
+    mask = torch.ones_like(batch)
+    for row, pads in enumerate((0, 200, 120, 160)):
+        mask[row, :pads] = 0
+    one_image = torch.tensor([[1, 32, 32]])
+    images = torch.tensor([[1, 8, 8]] * 12)
+
+    def pixels(grids: torch.Tensor) -> torch.Tensor:
+        return torch.randn(int(grids.prod(-1).sum()), 588, generator=torch.Generator().manual_seed(2))
+
+    one, several = pixels(one_image), pixels(images)
+    with_images = torch.cat([torch.full((1, 12 * 16), 2000), prompt[:, :32]], dim=1)
+    greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return {
+        "prefill": lambda model: model(input_ids=prompt, logits_to_keep=1).logits,
+        "prefill, padded batch": lambda model: model(input_ids=batch, attention_mask=mask, logits_to_keep=1).logits,
+        "decode": lambda model: model.generate(prompt[:, :32], max_new_tokens=24, **greedy),
+        "vision": lambda model: model.model.visual(one, grid_thw=one_image).pooler_output,
+        "vision, 12 images": lambda model: model.model.visual(several, grid_thw=images).pooler_output,
+        "prompt with 12 images": lambda model: (
+            model(input_ids=with_images, pixel_values=several, image_grid_thw=images, logits_to_keep=1).logits
+        ),
+    }
+
+
+@torch.inference_mode()
+def ratio(call: Callable[[Any], torch.Tensor], unpatched: Any, patched: Any, pairs: int) -> dict[str, float]:
+    """Quantiles of patched / unpatched over interleaved pairs.
+
+    Raises:
+        AssertionError: the two do not give the same.
+    """
+    torch.testing.assert_close(call(patched), call(unpatched), rtol=1e-3, atol=1e-3)
+    ratios = []
+    for index in range(pairs):
+        # Whoever comes second finds a warmer cache: in turns.
+        order = (unpatched, patched) if index % 2 else (patched, unpatched)
+        taken = {}
+        for model in order:
+            start = time.perf_counter()
+            call(model)
+            taken[id(model)] = time.perf_counter() - start
+        ratios.append(taken[id(patched)] / taken[id(unpatched)])
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return {"median": round(statistics.median(ratios), 3), "quartiles": [round(low, 3), round(high, 3)]}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cpu_ratio", description="Times patched against unpatched models on a CPU, as ratios."
+    )
+    parser.add_argument("--pairs", type=int, default=15, metavar="N", help="interleaved pairs per figure (default 15)")
+    parser.add_argument("--select", default="", metavar="TEXT", help="only cases with this text in their name")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
+    arguments = parser.parse_args(argv)
+    rows = []
+    work = [(size, name) for size in SIZES for name in cases() if arguments.select in name]
+    models: dict[str, tuple[Any, Any]] = {}
+    for size, name in track(work, "timing", console=Console(stderr=True), transient=True):
+        if size not in models:
+            unpatched = random_model(size)
+            patched = copy.deepcopy(unpatched)
+            llava15_fast.patch(patched, "torch")
+            models = {size: (unpatched, patched)}
+        row = {"case": name, "size": size, "pairs": arguments.pairs, **ratio(cases()[name], *models[size], arguments.pairs)}
+        rows.append(row)
+        print(f"{size:6} {name:24} patched / unpatched {row['median']:.3f}  quartiles {row['quartiles']}", flush=True)
+    if arguments.json:
+        document = {
+            "unit": "patched / unpatched time", "device": "cpu", "threads": torch.get_num_threads(), "dtype": "float32",
+            "torch": torch.__version__, "transformers": transformers.__version__, "rows": rows,
+        }  # fmt: skip
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
