@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -126,12 +127,21 @@ def run_tests(run: Run, marker: str, share: float) -> None:
         environ |= {"LLAVA15_OUTCOMES": str(outcomes), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
         command = [sys.executable, "-m", "pytest", "tests/kernels", "-m", marker, "-q", "-p", "benchmarks.outcomes"]
         command += ["-p", "no:cacheprovider", *(["--collect-only"] if run.dry else parallel())]
-        timed_out = False
-        try:
-            result = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=limit)
-            tail, status = (result.stdout + result.stderr).strip()[-2000:], result.returncode
-        except subprocess.TimeoutExpired:
-            tail, status, timed_out = "", None, True
+        output = Path(folder) / "output"
+        with output.open("w") as stream:
+            # A group of its own, so that what pytest has started goes with it.
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environ, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            try:
+                status = process.wait(limit)
+            except BaseException as error:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                status = None
+        tail, timed_out = output.read_text(errors="replace").strip()[-2000:], status is None
         lines = outcomes.read_text().splitlines() if outcomes.is_file() else []
     found = {row["test"]: row for row in map(json.loads, lines)}
     counts = {outcome: sum(row["outcome"] == outcome for row in found.values()) for outcome in ("passed", "failed", "skipped")}
@@ -222,7 +232,7 @@ def measure(run: Run, case: Case, dtype: torch.dtype, providers: dict[str, Provi
             elif name != "copy":
                 checker.check(call())
         except Unavailable as reason:
-            run.add("time", **row, status=str(reason))
+            run.add("time", **row, status=str(reason))  # "not installed", say
             continue
         except AssertionError as error:
             run.add("time", **row, status="wrong", verified=False, error=str(error))
@@ -231,9 +241,9 @@ def measure(run: Run, case: Case, dtype: torch.dtype, providers: dict[str, Provi
         except Exception as error:
             give_up_if_lost(run, error)
             # A competitor that cannot run this is no failure; ours has to.
-            verified = {"verified": False} if name == "ours" else {}
-            run.add("time", **row, status=f"failed: {short(error)}", **verified, error=short(error))
-            run.rows.log(f"FAILED {case.id} {about['dtype']} {name}: {short(error)}")
+            verdict = {"status": "failed", "verified": False} if name == "ours" else {"status": "cannot run"}
+            run.add("time", **row, **verdict, error=short(error))
+            run.rows.log(f"{case.id} {about['dtype']} {name}: {verdict['status']}: {short(error)}")
             continue
         timing = device_time(call, run.device, run.budget())
         run.add("time", **row, status="ok", verified=True, **timing.fields(), **rates(run, case, checker, timing, dtype))
