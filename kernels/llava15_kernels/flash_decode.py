@@ -24,7 +24,17 @@ import torch
 import triton
 import triton.language as tl
 
-from ._dispatch import INTERPRETED, LAUNCH_OPTIONS, Backend, architecture, choose_backend, device_guard, multiprocessors
+from ._dispatch import (
+    INTERPRETED,
+    LAUNCH_OPTIONS,
+    Backend,
+    architecture,
+    cdiv,
+    choose_backend,
+    device_guard,
+    multiprocessors,
+    next_power_of_2,
+)
 from .cost import Cost, declares_cost, nbytes
 from .flash_attn import MAX_HEAD_DIM, _attend
 from .tuned import tuned
@@ -116,8 +126,8 @@ def _combine_kernel(
 
 def choose_splits(batch: int, kv_heads: int, capacity: int, block_n: int, processors: int, waves: int = 2) -> int:
     """Runs per prompt: enough programs for every multiprocessor `waves` times over, never runs below one tile."""
-    wanted = triton.cdiv(waves * processors, batch * kv_heads)
-    return max(1, min(wanted, triton.cdiv(capacity, block_n), 128))
+    wanted = cdiv(waves * processors, batch * kv_heads)
+    return max(1, min(wanted, cdiv(capacity, block_n), 128))
 
 
 @dataclass(frozen=True)
@@ -139,7 +149,7 @@ class _Plan:
         batch, n_queries, heads, head_dim = q.shape
         capacity, kv_heads = k_cache.shape[1:3]
         exact = q.dtype == torch.float32
-        block_d = max(16, triton.next_power_of_2(head_dim))
+        block_d = max(16, next_power_of_2(head_dim))
         arch = architecture(q.device)
         config = tuned("flash_decode", (head_dim, q.dtype, arch)) or {
             # Exact float32 products use no matrix instruction; larger tiles spill.
@@ -149,7 +159,7 @@ class _Plan:
             "waves": 2,
         }
         block_n, waves = config["block_n"], config["waves"]
-        block_m = max(16, triton.next_power_of_2(n_queries * heads // kv_heads))
+        block_m = max(16, next_power_of_2(n_queries * heads // kv_heads))
         splits = num_splits or choose_splits(batch, kv_heads, capacity, block_n, multiprocessors(q.device), waves)
         return cls(block_m, block_n, block_d, config["num_warps"], config["num_stages"], splits)
 
@@ -197,7 +207,7 @@ def _(
         if splits > 1:
             _combine_kernel[(rows,)](
                 partial, lse, out, rows * head_dim, rows, splits,
-                HEAD_DIM=head_dim, BLOCK_D=plan.block_d, BLOCK_SPLITS=triton.next_power_of_2(splits),
+                HEAD_DIM=head_dim, BLOCK_D=plan.block_d, BLOCK_SPLITS=next_power_of_2(splits),
                 num_warps=4, **LAUNCH_OPTIONS,
             )  # fmt: skip
     return out
