@@ -65,15 +65,16 @@ class Run:
         self.end = time.monotonic() + seconds
         self.dry = device.type != "cuda"
         self.item = ""
-        self.failures = 0
 
     def left(self) -> float:
         return self.end - time.monotonic()
 
     def add(self, kind: str, **row: Any) -> None:
-        """A row that was verified, or says that it was not."""
         self.rows.add(kind=kind, item=self.item, dry_run=self.dry, **row)
-        self.failures += row.get("verified") is False and row.get("provider") == "ours"
+
+    def failures(self) -> list[str]:
+        """The items that found something wrong, those that a resumed run had before it included."""
+        return sorted({row["item"] for row in self.rows.rows if is_failure(row)})
 
     def dtypes(self) -> list[torch.dtype]:
         """Triton's interpreter has no working bfloat16 arithmetic."""
@@ -92,6 +93,15 @@ class Run:
                 return row["value"]
         measure_ceiling(self, unit, dtype)
         return self.ceiling(unit, dtype)
+
+
+def is_failure(row: dict[str, Any]) -> bool:
+    """What a competitor cannot do is none, and neither is a time box that is full."""
+    if row["kind"] == "time":
+        return row["provider"] == "ours" and not row.get("verified")
+    if row["kind"] == "tests":
+        return bool(row["failing"]) or row["status"] not in (0, 5, None)  # 5: nothing is selected
+    return row["kind"] == "item" and row["status"] not in ("done", "out of time")
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -147,7 +157,6 @@ def run_tests(run: Run, marker: str, share: float) -> None:
     counts = {outcome: sum(row["outcome"] == outcome for row in found.values()) for outcome in ("passed", "failed", "skipped")}
     failing = {name: row["message"] for name, row in found.items() if row["outcome"] == "failed"}
     run.add("tests", selection=marker, **counts, failing=failing, status=status, timed_out=timed_out, limit_s=round(limit))
-    run.failures += bool(failing) or status not in (0, 5, None)  # 5: nothing is selected
     run.rows.log(f"tests -m {marker!r}: {counts}, status {status}{', out of time' * timed_out}")
     for name, message in failing.items():
         run.rows.log(f"  FAILED {name}: {message}")
@@ -289,7 +298,9 @@ def short(error: BaseException) -> str:
 
 
 def give_up_if_lost(run: Run, error: BaseException) -> None:
-    """Raises DeviceLost where the error left the device unusable, as an illegal memory access does."""
+    """Raises DeviceLost where the error is that, or left the device unusable, as an illegal memory access does."""
+    if isinstance(error, DeviceLost):
+        raise error
     if run.dry:
         return
     try:
@@ -377,33 +388,29 @@ def run_all(run: Run, select: str) -> None:
         if run.left() < item.seconds:
             not_run.append(name)
             continue
-        run.item, begin, status = name, time.monotonic(), "done"
+        run.item, begin = name, time.monotonic()
+
+        def finish(status: str, error: str | None = None, begin: float = begin) -> None:
+            run.add("item", status=status, error=error, seconds=round(time.monotonic() - begin, 2))
+            if error:
+                run.rows.log(f"{run.item}: {status}: {error}")
+
         try:
             item.run()
+            finish("done")
         except OutOfTime as reason:
-            status = f"out of time: {reason}"
-        except AssertionError as error:
-            status, run.failures = f"wrong: {short(error)}", run.failures + 1
-        except DeviceLost as error:
-            run.add("item", status=f"device lost: {error}", seconds=round(time.monotonic() - begin, 2))
-            raise
+            finish("out of time", str(reason))
         except Exception as error:
-            status, run.failures = f"failed: {short(error)}", run.failures + 1
-            lost = None
             try:
                 give_up_if_lost(run, error)
-            except DeviceLost as reason:
-                lost, status = reason, f"device lost: {reason}"
-            if lost:
-                run.add("item", status=status, seconds=round(time.monotonic() - begin, 2))
-                raise lost from error
-        run.add("item", status=status, seconds=round(time.monotonic() - begin, 2))
-        if status != "done":
-            run.rows.log(f"{name}: {status}")
+            except DeviceLost as lost:
+                finish("device lost", str(lost))
+                raise
+            finish("wrong" if isinstance(error, AssertionError) else "failed", short(error))
         if not run.dry:
             torch.cuda.empty_cache()
     run.item = ""
-    run.add("end", not_run=not_run, failures=run.failures, seconds_left=round(run.left(), 1))
+    run.add("end", not_run=not_run, failures=run.failures(), seconds_left=round(run.left(), 1))
     if not_run:
         run.rows.log(f"no time was left for {len(not_run)} items, the first of them {not_run[0]}")
 
@@ -467,8 +474,9 @@ def main(argv: list[str] | None = None) -> int:
         start_anew(sys.argv[1:] if argv is None else argv, run.left())
     finally:
         timer.cancel()
-    rows.log(f"{len(rows.rows)} rows in {rows.file}, {run.failures} failures")
-    return 1 if run.failures else 0
+    failures = run.failures()
+    rows.log(f"{len(rows.rows)} rows in {rows.file}; wrong or failed: {', '.join(failures) or 'nothing'}")
+    return 1 if failures else 0
 
 
 def start_anew(argv: list[str], seconds: float) -> None:
