@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._dispatch import LAUNCH_OPTIONS, Backend, as_rows, choose_backend, device_guard, warps_for
+from ._dispatch import LAUNCH_OPTIONS, Backend, as_rows, cdiv, choose_backend, device_guard, warps_for
 from .cost import Cost, declares_cost, nbytes
 
 BLOCK = 2048
@@ -55,7 +55,7 @@ def _(x: torch.Tensor) -> torch.Tensor:
     if y.numel():
         rows = as_rows(x)
         with device_guard(x):
-            _silu_and_mul_kernel[(rows.shape[0], triton.cdiv(y.shape[-1], BLOCK))](
+            _silu_and_mul_kernel[(rows.shape[0], cdiv(y.shape[-1], BLOCK))](
                 rows, y, rows.stride(0), y.shape[-1], BLOCK_N=BLOCK, num_warps=warps_for(BLOCK, x.device, 4), **LAUNCH_OPTIONS
             )
     return y
@@ -67,7 +67,7 @@ def _(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if y.numel():
         rows = as_rows(x)
         with device_guard(x):
-            _gelu_kernel[(rows.shape[0], triton.cdiv(y.shape[-1], BLOCK))](
+            _gelu_kernel[(rows.shape[0], cdiv(y.shape[-1], BLOCK))](
                 rows, rows if bias is None else bias.contiguous(), y, rows.stride(0), y.shape[-1],
                 HAS_BIAS=bias is not None, BLOCK_N=BLOCK, num_warps=warps_for(BLOCK, x.device, 4), **LAUNCH_OPTIONS,
             )  # fmt: skip

@@ -25,9 +25,20 @@ import triton
 import triton.language as tl
 from torch._subclasses.fake_tensor import is_fake
 
-from ._dispatch import INTERPRETED, LAUNCH_OPTIONS, Backend, architecture, choose_backend, device_guard, multiprocessors
+from ._dispatch import (
+    INTERPRETED,
+    LAUNCH_OPTIONS,
+    Backend,
+    architecture,
+    cdiv,
+    choose_backend,
+    device_guard,
+    multiprocessors,
+    next_power_of_2,
+)
 from .cost import Cost, declares_cost, nbytes
 from .flash_attn import MAX_HEAD_DIM, _attend
+from .tuned import tuned
 
 MAX_ROWS = 128
 """Queries times the query heads of a KV head: all of them are one tile."""
@@ -114,19 +125,23 @@ def _combine_kernel(
     tl.store(out_ptr + row * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
-def choose_splits(batch: int, kv_heads: int, capacity: int, block_n: int, processors: int) -> int:
-    """Runs per prompt: enough programs for every multiprocessor twice over, never runs below one tile."""
-    wanted = triton.cdiv(2 * processors, batch * kv_heads)
-    return max(1, min(wanted, triton.cdiv(capacity, block_n), 128))
+def choose_splits(batch: int, kv_heads: int, capacity: int, block_n: int, processors: int, waves: int = 2) -> int:
+    """Runs per prompt: enough programs for every multiprocessor `waves` times over, never runs below one tile."""
+    wanted = cdiv(waves * processors, batch * kv_heads)
+    return max(1, min(wanted, cdiv(capacity, block_n), 128))
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Tiles and number of runs of one launch; they depend on shapes, dtype and device, never on lengths."""
+    """Tiles and number of runs of one launch; they depend on shapes, dtype and device, never on lengths.
+
+    A table of measured configurations may replace the rule (`tuned.py`).
+    """
 
     block_m: int
     block_n: int
     block_d: int
+    num_warps: int
     num_stages: int
     splits: int
 
@@ -135,13 +150,19 @@ class _Plan:
         batch, n_queries, heads, head_dim = q.shape
         capacity, kv_heads = k_cache.shape[1:3]
         exact = q.dtype == torch.float32
-        block_d = max(16, triton.next_power_of_2(head_dim))
-        # Exact float32 products use no matrix instruction; larger tiles spill.
-        block_n = (32 if block_d <= 64 else 16) if exact else (64 if block_d <= 128 else 32)
-        stages = 1 if exact else 2 if architecture(q.device).startswith("gfx") else 3
-        block_m = max(16, triton.next_power_of_2(n_queries * heads // kv_heads))
-        splits = num_splits or choose_splits(batch, kv_heads, capacity, block_n, multiprocessors(q.device))
-        return cls(block_m, block_n, block_d, stages, splits)
+        block_d = max(16, next_power_of_2(head_dim))
+        arch = architecture(q.device)
+        config = tuned("flash_decode", (head_dim, q.dtype, arch)) or {
+            # Exact float32 products use no matrix instruction; larger tiles spill.
+            "block_n": (32 if block_d <= 64 else 16) if exact else (64 if block_d <= 128 else 32),
+            "num_warps": 4,
+            "num_stages": 1 if exact else 2 if arch.startswith("gfx") else 3,
+            "waves": 2,
+        }
+        block_n, waves = config["block_n"], config["waves"]
+        block_m = max(16, next_power_of_2(n_queries * heads // kv_heads))
+        splits = num_splits or choose_splits(batch, kv_heads, capacity, block_n, multiprocessors(q.device), waves)
+        return cls(block_m, block_n, block_d, config["num_warps"], config["num_stages"], splits)
 
 
 torch.library.define(
@@ -182,12 +203,12 @@ def _(
             HEADS=heads, GROUP=heads // kv_heads, HEAD_DIM=head_dim, BLOCK_D=plan.block_d, BLOCK_M=plan.block_m,
             BLOCK_N=plan.block_n, CAUSAL=causal,
             UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
-            num_warps=4, num_stages=plan.num_stages, **LAUNCH_OPTIONS,
+            num_warps=plan.num_warps, num_stages=plan.num_stages, **LAUNCH_OPTIONS,
         )  # fmt: skip
         if splits > 1:
             _combine_kernel[(rows,)](
                 partial, lse, out, rows * head_dim, rows, splits,
-                HEAD_DIM=head_dim, BLOCK_D=plan.block_d, BLOCK_SPLITS=triton.next_power_of_2(splits),
+                HEAD_DIM=head_dim, BLOCK_D=plan.block_d, BLOCK_SPLITS=next_power_of_2(splits),
                 num_warps=4, **LAUNCH_OPTIONS,
             )  # fmt: skip
     return out

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._dispatch import LAUNCH_OPTIONS, Backend, as_rows, choose_backend, device_guard
+from ._dispatch import LAUNCH_OPTIONS, Backend, as_rows, cdiv, choose_backend, device_guard, next_power_of_2
 from .cost import Cost, declares_cost, nbytes
 
 MAX_WIDTH = 16384
@@ -99,11 +99,11 @@ def _launch(
     rows = as_rows(x)
     residual_rows = rows if residual is None else as_rows(residual)
     weight = weight.contiguous()
-    block_n = triton.next_power_of_2(width)
+    block_n = next_power_of_2(width)
     # About 2048 elements a program keep 4 warps busy on narrow rows (q/k heads); wide rows get one program each.
     block_m = max(1, 2048 // block_n)
     with device_guard(x):
-        kernel[(triton.cdiv(rows.shape[0], block_m),)](
+        kernel[(cdiv(rows.shape[0], block_m),)](
             rows, residual_rows, weight, weight if bias is None else bias.contiguous(), y, y if total is None else total,
             rows.stride(0), residual_rows.stride(0), rows.shape[0], eps,
             N=width, BLOCK_M=block_m, BLOCK_N=block_n, HAS_RESIDUAL=residual is not None,

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._dispatch import LAUNCH_OPTIONS, Backend, check_bounds, choose_backend, device_guard
+from ._dispatch import LAUNCH_OPTIONS, Backend, cdiv, check_bounds, choose_backend, device_guard, next_power_of_2
 from .cost import Cost, declares_cost, nbytes
 from .norms import MAX_WIDTH, layer_norm_ref
 
@@ -77,10 +77,10 @@ def _(
     if out.numel() == 0:
         return out
     width, n_segments = x.shape[1], cu_seqlens.shape[0] - 1
-    block_n = triton.next_power_of_2(width)
+    block_n = next_power_of_2(width)
     block_m = max(1, 2048 // block_n)
     with device_guard(x):
-        _patch_merge_kernel[(triton.cdiv(out.numel() // width, block_m),)](
+        _patch_merge_kernel[(cdiv(out.numel() // width, block_m),)](
             x, weight.contiguous(), bias.contiguous(), out, cu_seqlens.contiguous(),
             x.stride(0), out.numel() // width, n_segments, eps,
             N=width, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_SEGMENTS=128,

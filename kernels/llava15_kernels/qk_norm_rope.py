@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._dispatch import LAUNCH_OPTIONS, Backend, choose_backend, device_guard, warps_for
+from ._dispatch import LAUNCH_OPTIONS, Backend, cdiv, choose_backend, device_guard, next_power_of_2, warps_for
 from .cost import Cost, declares_cost, nbytes
 from .flash_attn import MAX_HEAD_DIM
 from .norms import rms_norm_ref
@@ -135,8 +135,8 @@ def _launch(
     has_cache = v is not None
     v = k if v is None else v if v.stride(-1) == 1 else v.contiguous()
     v_out = k_out if v_out is None else v_out
-    block_h = min(8, triton.next_power_of_2(kv_heads))
-    groups = triton.cdiv(q_heads, block_h) + (2 if has_cache else 1) * triton.cdiv(kv_heads, block_h)
+    block_h = min(8, next_power_of_2(kv_heads))
+    groups = cdiv(q_heads, block_h) + (2 if has_cache else 1) * cdiv(kv_heads, block_h)
     with device_guard(q):
         _qk_norm_rope_kernel[(batch * length, groups)](
             q, k, v, q_weight.contiguous(), k_weight.contiguous(), position_ids, inv_freq,
@@ -145,7 +145,7 @@ def _launch(
             position_ids.stride(0) if position_ids.shape[0] > 1 else 0,
             length, k_out.shape[0], eps, scaling,
             Q_HEADS=q_heads, KV_HEADS=kv_heads, HALF=head_dim // 2, BLOCK_H=block_h,
-            BLOCK_D=triton.next_power_of_2(head_dim // 2), HAS_CACHE=has_cache,
+            BLOCK_D=next_power_of_2(head_dim // 2), HAS_CACHE=has_cache,
             num_warps=warps_for(block_h * head_dim // 2, q.device), **LAUNCH_OPTIONS,
         )  # fmt: skip
     return q_out

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._dispatch import LAUNCH_OPTIONS, Backend, choose_backend, device_guard
+from ._dispatch import LAUNCH_OPTIONS, Backend, cdiv, choose_backend, device_guard, next_power_of_2
 from .cost import Cost, declares_cost, nbytes
 
 
@@ -80,11 +80,11 @@ def _(
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     if q.numel() == 0:
         return q_out, k_out
-    block_h, block_d = triton.next_power_of_2(heads), triton.next_power_of_2(head_dim // 2)
+    block_h, block_d = next_power_of_2(heads), next_power_of_2(head_dim // 2)
     # About 2048 pairs a program: 16 elements a thread at 4 warps.
     block_s = max(1, 2048 // (block_h * block_d))
     with device_guard(q):
-        _vision_rope_kernel[(triton.cdiv(n_rows, block_s),)](
+        _vision_rope_kernel[(cdiv(n_rows, block_s),)](
             q, k, q_out, k_out, position_ids.contiguous(), inv_freq.contiguous(), class_pos_emb.contiguous(),
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), n_rows,
             HEADS=heads, HALF=head_dim // 2, BLOCK_S=block_s, BLOCK_H=block_h, BLOCK_D=block_d,
@@ -139,7 +139,7 @@ def vision_rope_2d(
         "k": (k.shape, q.shape),
         "position_ids": (position_ids.shape, (q.shape[0], 2)),
         "inv_freq": (inv_freq.shape, (head_dim // 4,)),
-        "class_pos_emb": (class_pos_emb.flatten().shape, (head_dim // 2,)),
+        "class_pos_emb": ((class_pos_emb.numel(),), (head_dim // 2,)),
     }
     for name, (found, wanted) in expected.items():
         if tuple(found) != tuple(wanted):

@@ -1,0 +1,106 @@
+"""Where measurements go: one JSON-lines file and one log, each line on the disk before the next measurement begins.
+
+A run that is cut off leaves every row it finished. Each row stands alone: device, driver, versions and commit are in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+ROOT = Path(__file__).parents[1]
+
+
+def environment(commit: str | None = None) -> dict[str, Any]:
+    """What a number depends on besides the code that was timed."""
+    gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if gpu else f"CPU ({platform.machine()})",
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
+        "cuda": torch.version.cuda or torch.version.hip,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "commit": commit or commit_of(ROOT),
+        "sources": sources(),
+    }
+
+
+def commit_of(root: Path) -> str:
+    """The commit of the checkout at `root`; without its history what the file COMMIT says, or "unknown"."""
+    top = _output("git", "-C", str(root), "rev-parse", "--show-toplevel")
+    if top and Path(top).resolve() == root.resolve():  # and not a repository that the folder happens to lie in
+        changed = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+        return _output("git", "-C", str(root), "rev-parse", "HEAD") + ("-changed" if changed else "")
+    named = root / "COMMIT"
+    return named.read_text().strip() if named.is_file() else "unknown"
+
+
+def sources() -> str:
+    """A digest of the kernels' files: what was timed, whatever the commit says."""
+    digest = hashlib.sha256()
+    for file in sorted((ROOT / "kernels/llava15_kernels").glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _output(*command: str) -> str:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    lines = result.stdout.strip().splitlines() if result.returncode == 0 else []
+    return lines[0] if lines else ""
+
+
+class Rows:
+    """Appends rows to `folder/<stem>.jsonl` and lines to `folder/<stem>.log`; the lines go to stderr too."""
+
+    def __init__(self, folder: Path, stem: str, common: dict[str, Any], resume: bool = False) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file, self._log = folder / f"{stem}.jsonl", folder / f"{stem}.log"
+        self.common = common
+        if not resume:
+            self.file.write_text("")
+            self._log.write_text("")
+        elif self.file.is_file() and not self.file.read_text().endswith("\n"):
+            _append(self.file, "")  # ends a line that was cut off
+        self.rows = read(self.file)
+
+    def add(self, **row: Any) -> None:
+        row = {**row, **self.common}
+        self.rows.append(row)
+        _append(self.file, json.dumps(row))
+
+    def log(self, text: str) -> None:
+        line = f"{time.strftime('%H:%M:%S')}  {text}"
+        print(line, file=sys.stderr, flush=True)
+        _append(self._log, line)
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The whole rows of a file; a last line that was cut off is left out."""
+    rows = []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def _append(file: Path, line: str) -> None:
+    with file.open("a") as stream:
+        stream.write(line + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())

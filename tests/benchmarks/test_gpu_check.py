@@ -1,0 +1,329 @@
+"""The GPU check finds slips on a CPU, refuses to time what is wrong, and leaves what it finished."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_check, rows, timing
+from benchmarks.cases import Case, Checker, cases, plain
+from benchmarks.gpu_check import DeviceLost, Item, Run
+from benchmarks.rows import Rows
+from benchmarks.timing import Timing
+from llava15_kernels import norms
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {"device", "driver", "torch", "triton", "python", "commit", "sources"}
+
+
+def check(folder, *arguments):
+    """(status, rows) of a dry run in this process: the kernels in the interpreter."""
+    status = gpu_check.main(["--dry-run", "--out", str(folder), *arguments])
+    return status, rows.read(folder / "gpu_check.jsonl")
+
+
+def module(*arguments):
+    """A run as users start it, without the interpreter."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": "kernels", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+
+
+@needs_no_gpu
+def test_every_case_runs_and_every_row_stands_alone(tmp_path):
+    status, found = check(tmp_path, "--select", "kernels: ")
+    assert status == 0
+    times = [row for row in found if row["kind"] == "time"]
+    ours = [row for row in times if row["provider"] == "ours"]
+    assert {(row["kernel"], row["case"]) for row in ours} == {(case.kernel, case.name) for case in cases()}
+    assert all(row["verified"] and row["p10_us"] <= row["p50_us"] <= row["p90_us"] for row in ours)
+    assert all(row["dry_run"] and row.keys() >= ENVIRONMENT for row in found)
+    assert not any("rate" in row or "percent" in row for row in times), "a CPU's time is not a rate of a GPU"
+    eager = [row for row in times if row["provider"].startswith("eager")]
+    assert len(eager) == len(ours) and all(row["status"] == "ok" for row in eager)
+    assert {row["status"] for row in times} >= {"ok", "not installed"}
+    assert sum(row["kind"] == "item" and row["status"] == "done" for row in found) == len(ours)
+    assert len((tmp_path / "gpu_check.log").read_text().splitlines()) > len(ours)
+
+
+@needs_no_gpu
+def test_compiled_competitors_run_from_an_uninstalled_checkout(tmp_path):
+    result = module("benchmarks.gpu_check", "--dry-run", "--out", str(tmp_path), "--select", "compiled: ")
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = [row for row in rows.read(tmp_path / "gpu_check.jsonl") if row.get("provider") not in (None, "ours", "copy")]
+    assert {row["status"] for row in found} == {"ok"} and {row["dtype"] for row in found} == {"bfloat16"}
+    assert {row["provider"] for row in found} == {"FlexAttention", "torch.compile", "torch.compile, one image"}
+
+
+@needs_no_gpu
+def test_ceilings_host_and_graphs(tmp_path):
+    found = [row for select in ("ceilings: ", "host: ", "graphs: ") for row in check(tmp_path, "--select", select)[1]]
+    assert {row["unit"] for row in found if row["kind"] == "ceiling"} == {"GB/s", "TFLOP/s"}
+    host = [row["kernel"] for row in found if row["kind"] == "host"]
+    assert len(host) == 12 and "flash_attn_with_kvcache" in host
+    graphs = [row for row in found if row["kind"] == "graph"]
+    assert {row["provider"] for row in graphs} == {"ours", "eager"}
+    assert {row["kernel"] for row in graphs} == {"rms_norm", "qk_norm_rope", "silu_and_mul", "flash_attn_with_kvcache"}
+
+
+@needs_no_gpu
+def test_a_wrong_kernel_is_not_timed(tmp_path, monkeypatch):
+    right = norms._launch
+
+    def wrong(*args):
+        y, total = right(*args)
+        y[-1, -1] *= 1.05
+        return y, total
+
+    monkeypatch.setattr(norms, "_launch", wrong)
+    status, found = check(tmp_path, "--select", "kernels: rms_norm 4096x4096 float16")
+    assert status == 1
+    ours, eager = (next(row for row in found if row.get("provider") == name) for name in ("ours", "eager"))
+    assert ours["verified"] is False and "expected" in ours["error"] and "p50_us" not in ours
+    assert eager["verified"] and "p50_us" in eager
+
+
+@needs_no_gpu
+def test_an_output_that_is_not_written_is_seen(tmp_path, monkeypatch):
+    monkeypatch.undo()  # the buffers of the fixture: the check has to poison its own
+    right = norms._launch
+
+    def empty_handed(*args):
+        y, total = right(*args)
+        return torch.empty(y.shape, dtype=y.dtype), total
+
+    monkeypatch.setattr(norms, "_launch", empty_handed)
+    _, found = check(tmp_path, "--select", "kernels: rms_norm 4096x4096 float16")
+    ours = next(row for row in found if row.get("provider") == "ours")
+    assert ours["verified"] is False and "inf" in ours["error"]
+
+
+@needs_no_gpu
+def test_a_kernel_that_raises_is_a_failure_and_a_competitor_is_not(tmp_path, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("out of resources")
+
+    def table(tiny=False):
+        good, bad = (
+            Case("k", name, "()", lambda device, dtype: (torch.ones(2, dtype=dtype),), torch.neg, torch.neg) for name in "ab"
+        )
+        return [
+            Case(**{**vars(good), "providers": {"other": plain(broken)}}),
+            Case(**{**vars(bad), "ours": broken}),
+        ]
+
+    monkeypatch.setattr(gpu_check, "cases", table)
+    status, found = check(tmp_path, "--select", "kernels: k a")
+    assert status == 0 and [row["status"] for row in found if row["kind"] == "time"] == ["ok", "cannot run", "ok"]
+    status, found = check(tmp_path, "--select", "kernels: k b")
+    assert status == 1 and [row["status"] for row in found if row["kind"] == "time"] == ["failed", "ok"]
+
+
+def items(monkeypatch, **items):
+    """The only section, of these items, each a function of the run."""
+
+    def section(run):
+        for name, body in items.items():
+            yield Item(name, lambda body=body: body(run))
+
+    monkeypatch.setattr(gpu_check, "SECTIONS", {"s": section})
+
+
+def noted(run):
+    run.add("note", text=run.item)
+
+
+def test_what_was_finished_stays_when_stopped_and_resume_goes_on(tmp_path, monkeypatch):
+    def stopped(run):
+        raise KeyboardInterrupt
+
+    items(monkeypatch, a=noted, b=stopped, c=noted)
+    status, found = check(tmp_path)
+    assert status == 130 and [row["kind"] for row in found] == ["note", "item"]
+
+    with (tmp_path / "gpu_check.jsonl").open("a") as stream:
+        stream.write('{"kind": "note", "cut o')
+    items(monkeypatch, a=noted, b=noted, c=noted)
+    status, found = check(tmp_path, "--resume")
+    assert status == 0 and [row["text"] for row in found if row["kind"] == "note"] == ["s: a", "s: b", "s: c"]
+
+
+def test_a_lost_device_is_met_by_a_new_process_after_the_item(tmp_path, monkeypatch):
+    def lost(run):
+        raise DeviceLost("illegal memory access")
+
+    started = []
+    monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
+    items(monkeypatch, a=noted, b=lost, c=noted)
+    check(tmp_path, "--seconds", "100")
+    command = started[0]
+    assert command[1:3] == ["-m", "benchmarks.gpu_check"] and "--resume" in command
+    assert 90 < float(command[-1]) <= 100, "the time that is left, after the options as given"
+    status, found = check(tmp_path, "--resume")
+    assert status == 1, "what the first process found is not forgotten"
+    assert [row["item"] for row in found if row["kind"] == "item"] == ["s: a", "s: b", "s: c"]
+
+
+def test_what_does_not_fit_into_the_time_is_listed(tmp_path, monkeypatch):
+    items(monkeypatch, a=noted, b=noted)
+    _, found = check(tmp_path, "--seconds", "1")
+    assert found[-1]["kind"] == "end" and found[-1]["not_run"] == ["s: a", "s: b"]
+
+
+def test_a_hung_kernel_is_ended(tmp_path, monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    run = Run(Rows(tmp_path, "x", {}), torch.device("cpu"), 1)
+    run.item = "s: a"
+    gpu_check.watchdog(run, 0.01).join()
+    assert ended == [3] and run.rows.rows[-1]["status"] == "hung" and run.rows.rows[-1]["item"] == "s: a"
+
+
+@needs_no_gpu
+def test_without_a_gpu_it_says_so(tmp_path):
+    result = module("benchmarks.gpu_check", "--out", str(tmp_path / "none"))
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "no GPU" in result.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def test_list_is_in_order_of_value():
+    names = module("benchmarks.gpu_check", "--list").stdout.splitlines()
+    assert names[0].startswith("tests: ") and names[1].startswith("ceilings: ")
+    assert len(names) == len(set(names)) > 100
+    last_bf16 = max(i for i, name in enumerate(names) if name.startswith("kernels: ") and name.endswith("bfloat16"))
+    assert last_bf16 < min(i for i, name in enumerate(names) if name.startswith("float16: "))
+
+
+def test_rates_are_of_the_ceiling_of_the_same_run(tmp_path, monkeypatch):
+    """The rows of a GPU, whose clock is replaced."""
+    case = next(case for case in cases(tiny=True) if case.flops)
+    table = [case, next(case for case in cases(tiny=True) if case.kernel == "gelu")]
+    monkeypatch.setattr(gpu_check, "cases", lambda tiny: table)
+    monkeypatch.setattr(gpu_check, "device_time", lambda call, *_: Timing(1.0, 2.0, 3.0, 10, "clock"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    run = Run(Rows(tmp_path, "x", {}), torch.device("cpu"), 100)
+    run.dry = False
+    run.add("ceiling", unit="GB/s", dtype="any", value=4.0)
+    run.add("ceiling", unit="TFLOP/s", dtype="float16", value=0.5)
+    for item in table:
+        gpu_check.measure(run, item, torch.float16, item.providers)
+    attention, memory = (next(row for row in run.rows.rows if row.get("kernel") == item.kernel) for item in table)
+    assert attention["unit"] == "TFLOP/s" and attention["rate"] == pytest.approx(case.flops / 2e-6 / 1e12, abs=0.05)
+    inputs = table[1].make(torch.device("cpu"), torch.float16)
+    assert memory["bytes"] == 2 * inputs[0].nbytes and memory["ceiling"] == 4.0
+    assert memory["percent"] == pytest.approx(100 * memory["bytes"] / 2e-6 / 1e9 / 4.0, rel=0.1)
+
+
+def test_counted_bytes_are_the_declared_ones():
+    """Two counts made apart: the table's, and what the operators declare."""
+    from llava15_kernels.cost import cost_of
+
+    for case in cases(tiny=True):
+        checker = Checker(case, torch.device("cpu"), torch.float16)
+        inputs = checker.inputs
+        if case.kernel == "rms_norm":
+            x, weight, *residual = inputs
+            op = "add_rms_norm" if residual else "rms_norm"
+            assert checker.traffic == cost_of(op, x, *residual, weight, 1e-6).bytes
+        elif case.kernel == "qk_norm_rope":
+            q, k, v, *weights, positions, frequencies, k_cache, v_cache, lengths = inputs
+            declared = cost_of(
+                "qk_norm_rope_into_cache", q, k, *weights, 1e-6, positions, frequencies, 1.0, v, k_cache, v_cache, lengths
+            )
+            assert checker.traffic == declared.bytes - lengths.nbytes
+        elif case.kernel == "vision_rope_2d":
+            assert checker.traffic == cost_of("vision_rope_2d", *inputs).bytes
+
+
+def test_pytest_outcomes_are_written_as_they_come(tmp_path, monkeypatch):
+    (tmp_path / "test_x.py").write_text(
+        "import pytest, os\n"
+        "def test_a(): pass\n"
+        "def test_b(): assert 1 == 2\n"
+        "@pytest.mark.skip\ndef test_c(): pass\n"
+        "def test_d(): os._exit(1)\n"
+    )
+    file = tmp_path / "outcomes"
+    environment = os.environ | {"LLAVA15_OUTCOMES": str(file), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.outcomes", "-p", "no:cacheprovider", "test_x.py"]
+    subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["outcome"] for row in found] == ["passed", "failed", "skipped"] and "test_b" in found[1]["test"]
+
+    def finished(command, env, **_):
+        Path(env["LLAVA15_OUTCOMES"]).write_text(file.read_text())
+        return type("Process", (), {"wait": lambda self, limit: 1})()
+
+    monkeypatch.setattr(subprocess, "Popen", finished)
+    run = Run(Rows(tmp_path, "x", {}), torch.device("cpu"), 100)
+    gpu_check.run_tests(run, "gpu", 1.0)
+    row = run.rows.rows[-1]
+    assert (row["passed"], row["failed"], row["skipped"]) == (1, 1, 1) and list(row["failing"]) == [found[1]["test"]]
+    assert run.failures() == [""]
+
+
+class Device:
+    """A device that takes `work` seconds to reach an event, unless it is held for longer."""
+
+    def __init__(self, monkeypatch, needed):
+        self.held = []
+        monkeypatch.setattr(torch.cuda, "_sleep", self.held.append)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+        monkeypatch.setattr(timing, "_flush_buffer", lambda device: torch.ones(1))
+        monkeypatch.setattr(timing, "_cycles_per_second", lambda device: 1e6)
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                pass
+
+            def record(self):
+                pass
+
+            def query(self):
+                return device.held[-1] < needed
+
+            def elapsed_time(self, other):
+                return 0.5
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+
+
+def test_repetitions_that_the_host_delayed_are_dropped(monkeypatch):
+    device = Device(monkeypatch, needed=3000)
+    found = timing._event_time(lambda: None, torch.device("cpu"), 10)
+    assert found.p50 == 500.0 and found.host_late == 0 and found.repetitions == timing.MOST_REPETITIONS
+    assert device.held[0] < 3000 <= device.held[-1], "held for longer, until the host was in time"
+
+
+def test_a_call_that_waits_for_the_device_is_counted(monkeypatch):
+    Device(monkeypatch, needed=1e9)
+    found = timing._event_time(lambda: None, torch.device("cpu"), 0)
+    assert found.host_late == found.repetitions == timing.FEWEST_REPETITIONS
+
+
+def test_quantiles():
+    found = Timing.of([float(x) for x in range(101)], "clock")
+    assert (found.p10, found.p50, found.p90, found.repetitions) == (10.0, 50.0, 90.0, 101)
+    assert Timing.of([7.0], "clock").p90 == 7.0
+
+
+def test_the_commit_without_a_history(tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert rows.commit_of(tmp_path) == head
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    assert rows.commit_of(inner) == "unknown", "not the commit of a repository around it"
+    (inner / "COMMIT").write_text("abc\n")
+    assert rows.commit_of(inner) == "abc"

@@ -1,0 +1,48 @@
+"""What a call costs the host is measured without a GPU, and nothing is launched."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import host_time
+from llava15_kernels import _dispatch
+
+ROOT = Path(__file__).parents[2]
+COMMITTED = ROOT / "benchmarks/results/cpu/host_time.json"
+
+
+def test_command(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": "kernels", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmarks.host_time", "--rounds", "3", "--json", str(tmp_path / "rows.json")]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    document = json.loads((tmp_path / "rows.json").read_text())
+    assert {"torch", "triton", "python", "commit", "rows"} <= document.keys()
+    assert all(row["public_in_adds"] > 1 for row in document["rows"])
+    if not torch.cuda.is_available():
+        assert document["launches"] == "stubbed" and not any("_us" in key for key in document["rows"][0])
+        committed = json.loads(COMMITTED.read_text())["rows"]
+        assert [row["kernel"] for row in committed] == [row["kernel"] for row in document["rows"]]
+
+
+def test_the_operator_is_the_one_behind_the_function(device):
+    """Each pair gives the same numbers."""
+    torch.manual_seed(0)
+    for function in host_time.functions(device, torch.float16):
+        if function.name == "patch_merge":  # other inputs
+            continue
+        public, operator = function.public(), function.operator()
+        for ours, theirs in zip(*(x if isinstance(x, tuple) else (x,) for x in (public, operator)), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, msg=function.name)
+
+
+def test_stubs_are_taken_back():
+    before = _dispatch.default_backend, _dispatch.is_fake
+    with host_time.as_if_on_a_gpu(torch.device("cpu")):
+        assert _dispatch.default_backend(torch.device("cpu")) == "triton"
+    assert (_dispatch.default_backend, _dispatch.is_fake) == before
