@@ -270,17 +270,16 @@ def qk_norm_rope_case(tokens: int, context: int, tiny_launches: bool = False) ->
         weights = torch.randn(2, head_dim, device=device).to(dtype)
         inv_freq = 5e6 ** -(torch.arange(head_dim // 2, device=device) * 2.0 / head_dim)
         positions = torch.arange(context, context + tokens, device=device)[None]
-        caches = torch.zeros(2, 1, context + tokens, kv_heads, head_dim, device=device, dtype=dtype)
-        lengths = torch.full((1,), context, dtype=torch.int32, device=device)
-        return (*packed.split([heads, kv_heads, kv_heads], dim=2), *weights, positions, inv_freq, *caches, lengths)
+        caches = torch.zeros(2, context + tokens, kv_heads, head_dim, device=device, dtype=dtype)
+        return (*packed.split([heads, kv_heads, kv_heads], dim=2), *weights, positions, inv_freq, *caches)
 
     def call(backend: str) -> Callable[..., Outputs]:
-        def run(q, k, v, q_weight, k_weight, positions, inv_freq, k_cache, v_cache, lengths) -> Outputs:
+        def run(q, k, v, q_weight, k_weight, positions, inv_freq, k_cache, v_cache) -> Outputs:
             q = qk_norm_rope(
                 q, k, q_weight, k_weight, EPS, positions, inv_freq,
-                v=v, k_cache=k_cache, v_cache=v_cache, cache_seqlens=lengths, backend=backend,
+                v=v, k_cache=k_cache, v_cache=v_cache, slot_mapping=positions, backend=backend,
             )  # fmt: skip
-            return q, k_cache[:, context:], v_cache[:, context:]
+            return q, k_cache[None, context:], v_cache[None, context:]
 
         return run
 

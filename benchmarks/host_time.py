@@ -74,7 +74,8 @@ def functions(device: torch.device, dtype: torch.dtype) -> list[Function]:
     vision_q, vision_k, vision_v = randn(5, 3, 2, 64).unbind(1)
     places, angles = torch.zeros(5, 2, dtype=torch.int32, device=device), randn(1, 32)
     bounds, frequencies = int32(0, 5), torch.rand(16, device=device)
-    cached = {"v": v, "k_cache": caches[0], "v_cache": caches[1], "cache_seqlens": lengths}
+    rows = {"k_cache": caches[0, 0], "v_cache": caches[1, 0]}
+    cached = {"v": v, **rows, "slot_mapping": positions}
 
     def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Call:
         return lambda: function(*args, **kwargs)

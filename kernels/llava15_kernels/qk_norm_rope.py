@@ -336,23 +336,23 @@ def _check(
         raise ValueError(f"{op}: head_dim {head_dim} is not supported, expected an even number up to {MAX_HEAD_DIM}")
     if q.dtype != k.dtype:
         raise TypeError(f"{op}: q is {q.dtype}, k is {k.dtype}, expected one dtype")
-    expected = {
-        "q_weight": (q_weight, (head_dim,)),
-        "k_weight": (k_weight, (head_dim,)),
-        "inv_freq": (inv_freq, (head_dim // 2,)),
-        "position_ids": (position_ids, (position_ids.shape[0], length)),
-    }
+    expected = [
+        ("q_weight", q_weight, (head_dim,)),
+        ("k_weight", k_weight, (head_dim,)),
+        ("inv_freq", inv_freq, (head_dim // 2,)),
+        ("position_ids", position_ids, (position_ids.shape[0], length)),
+    ]
     if any(part is not None for part in cache):
         v, k_cache, v_cache, slot_mapping = cache
         if any(part is None for part in cache):
             raise ValueError(f"{op}: v, k_cache, v_cache and slot_mapping belong together, expected all or none")
         slots = k_cache.shape[0] if k_cache.ndim else 0
-        expected |= {
-            "v": (v, tuple(k.shape)),
-            "k_cache": (k_cache, (slots, k.shape[2], head_dim)),
-            "v_cache": (v_cache, (slots, k.shape[2], head_dim)),
-            "slot_mapping": (slot_mapping, (batch, length)),
-        }
+        expected += [
+            ("v", v, k.shape),
+            ("k_cache", k_cache, (slots, k.shape[2], head_dim)),
+            ("v_cache", v_cache, (slots, k.shape[2], head_dim)),
+            ("slot_mapping", slot_mapping, (batch, length)),
+        ]
         if slot_mapping.dtype not in (torch.int32, torch.int64) or slot_mapping.device != q.device:
             raise ValueError(
                 f"{op}: slot_mapping is {slot_mapping.dtype} on {slot_mapping.device}, expected int32 or int64 on {q.device}"
@@ -362,9 +362,9 @@ def _check(
                 raise TypeError(f"{op}: {name} is {tensor.dtype}, expected {q.dtype} like q")
         if k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1:
             raise ValueError(f"{op}: the caches need a contiguous last dimension")
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+    for name, tensor, shape in expected:
+        if tensor.shape != shape:
+            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
     if position_ids.shape[0] not in (1, batch) or position_ids.is_floating_point() or position_ids.device != q.device:
         raise ValueError(
             f"{op}: position_ids is {position_ids.dtype} {tuple(position_ids.shape)} on {position_ids.device}, expected "
@@ -418,8 +418,8 @@ def write_rows(
 ) -> None:
     """Keys and values (B, L, kv_heads, head_dim) into the rows `slot_mapping` of the caches, for the torch backend."""
     rows, keys, values = slot_mapping.flatten().long(), k.flatten(0, 1), v.flatten(0, 1)
-    inside = (rows >= 0) & (rows < k_cache.shape[0])
-    if not inside.all():
+    # A compiled graph cannot depend on values: there, a row outside is torch's error.
+    if not torch.compiler.is_compiling() and not (inside := (rows >= 0) & (rows < k_cache.shape[0])).all():
         rows, keys, values = rows[inside], keys[inside], values[inside]
     k_cache.index_copy_(0, rows, keys)
     v_cache.index_copy_(0, rows, values)

@@ -234,11 +234,11 @@ def test_counted_bytes_are_the_declared_ones():
             op = "add_rms_norm" if residual else "rms_norm"
             assert checker.traffic == cost_of(op, x, *residual, weight, 1e-6).bytes
         elif case.kernel == "qk_norm_rope":
-            q, k, v, *weights, positions, frequencies, k_cache, v_cache, lengths = inputs
+            q, k, v, *weights, positions, frequencies, k_cache, v_cache = inputs
             declared = cost_of(
-                "qk_norm_rope_into_cache", q, k, *weights, 1e-6, positions, frequencies, 1.0, v, k_cache, v_cache, lengths
+                "qk_norm_rope_into_cache", q, k, *weights, 1e-6, positions, frequencies, 1.0, v, k_cache, v_cache, positions
             )
-            assert checker.traffic == declared.bytes - lengths.nbytes
+            assert checker.traffic == declared.bytes - positions.nbytes
         elif case.kernel == "vision_rope_2d":
             assert checker.traffic == cost_of("vision_rope_2d", *inputs).bytes
 
