@@ -247,7 +247,7 @@ class FlashConfig:
     """Tile sizes of one launch, and whether they are read through tensor descriptors.
 
     They depend on head_dim, dtype and architecture alone, never on lengths: a segment gives the same bits alone and in
-    any pack. They are the largest that compile without spills for the architecture (`python -m benchmarks.aot`).
+    any pack. All of them compile without spills (`python -m benchmarks.aot`).
     """
 
     block_m: int
@@ -265,7 +265,7 @@ class FlashConfig:
         if architecture.startswith("gfx"):
             return cls(128, 64, 4, 2) if head_dim <= 64 else cls(128, 32, 4, 2) if head_dim <= 128 else cls(64, 32, 4, 1)
         if descriptors and head_dim <= 128 and (generation := _generation(architecture)) >= 9:
-            if generation == 12:  # all of it in registers, as before Hopper
+            if generation == 12:  # products from registers, as before Hopper
                 return cls(128, 64 if head_dim <= 64 else 32, 8, 2, descriptors=True)
             # head_dim 64 leaves room for two programs on a processor: one's softmax runs under the other's products.
             return cls(128, 64, 4, 3, descriptors=True) if head_dim <= 64 else cls(128, 128, 8, 2, descriptors=True)
