@@ -33,10 +33,12 @@ from rich.progress import track
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, mangle_type
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import llava15_kernels
-from llava15_kernels._dispatch import as_if_on
+from llava15_kernels._dispatch import architecture, as_if_on
+from llava15_kernels.flash_attn import FlashConfig, flash_config
 
 RESULT = Path(__file__).parent / "results/aot.json"
 
@@ -52,6 +54,7 @@ SHARED_LIMIT = {
     "gfx950": 163840,
 }
 FLOAT32_ARCHITECTURES = ("sm_80", "sm_90")
+FLASH_KERNELS = ("_flash_attn_kernel", "_flash_attn_tiles_kernel")
 MATRIX_INSTRUCTION = {"sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "v_mfma", "gfx950": "v_mfma"}  # else mma.sync
 REGISTERS_PER_PROCESSOR = 65536
 POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
@@ -107,6 +110,14 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=of)
 
+    def flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> None:
+        """As the architecture has it, and by pointers, which serve misaligned tensors everywhere."""
+        bounds = torch.tensor([0, len(q)], dtype=torch.int32)
+        arguments = (q, k, v, bounds, bounds, len(q), q.shape[-1] ** -0.5, causal)
+        ops.flash_attn_varlen(*arguments)
+        with flash_config(FlashConfig.choose(q.shape[-1], q.dtype, architecture(q.device), descriptors=False)):
+            ops.flash_attn_varlen(*arguments)
+
     def vision() -> None:
         x, weight = empty(ROWS, 1024), empty(1024)
         q, k, v = empty(ROWS, 3, 16, 64).unbind(1)
@@ -115,7 +126,7 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         ops.layer_norm(x, weight, weight, 1e-5)
         ops.add_layer_norm(x, x, weight, weight, 1e-5)
         q, k = ops.vision_rope_2d(q, k, positions, empty(16, of=torch.float32), empty(1, 32))
-        ops.flash_attn_varlen(q, k, v, bounds, bounds, ROWS, 0.125, False)
+        flash_attn(q, k, v, False)
         ops.gelu(empty(ROWS, 4096), empty(4096))
         ops.gelu(empty(ROWS, 4096), None)
         ops.patch_merge(x, weight, weight, 1e-5, bounds, 2)
@@ -127,7 +138,6 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         head_weight, inv_freq = empty(shape.head_dim), empty(shape.head_dim // 2, of=torch.float32)
         positions, lengths = empty(1, TOKENS, of=torch.int64), empty(1, of=torch.int32)
         k_cache, v_cache = empty(2, 1, CAPACITY, shape.kv_heads, shape.head_dim)
-        bounds = torch.tensor([0, TOKENS], dtype=torch.int32)
         ops.rms_norm(x, weight, 1e-6)
         ops.add_rms_norm(x, x, weight, 1e-6)
         ops.silu_and_mul(empty(TOKENS, 2 * shape.intermediate))
@@ -137,7 +147,7 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         ops.qk_norm_rope(q, k, head_weight, head_weight, 1e-6, positions, inv_freq, 1.0)
         slots = k_cache.flatten(0, 1), v_cache.flatten(0, 1), positions
         ops.qk_norm_rope_into_cache(q, k, head_weight, head_weight, 1e-6, positions, inv_freq, 1.0, v, *slots)
-        ops.flash_attn_varlen(q[0], k[0], v[0], bounds, bounds, TOKENS, 0.088, True)
+        flash_attn(q[0], k[0], v[0], True)
         ops.flash_decode(q[:, :1], k_cache, v_cache, lengths, lengths, 0.088, True, 0)
 
     yield "vision", vision
@@ -162,6 +172,8 @@ def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTER[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = mangle_type(value)
         elif isinstance(value, float):
             signature[name] = "fp32"
         elif value == 1:
@@ -226,6 +238,7 @@ def nvidia_figures(compiled: Any, arch: str) -> dict[str, Any]:
         "local_bytes": numbers["LOCAL"],
         "spill_bytes": sum(spills),
         "mma": matrix[0] if matrix else "none",
+        "mma_serialized": "instructions are serialized" in log,
         "load_bytes": widest(ptx, r"ld\.global"),
         "store_bytes": widest(ptx, r"st\.global"),
         "loop_local": sum(loops.get(name, 0) for name in ("LDL", "STL")),
@@ -247,7 +260,9 @@ def widest(ptx: str, kind: str) -> int:
 
 
 def loop_instructions(sass: str) -> dict[str, int]:
-    """Instructions of the innermost loop with the most matrix instructions, or else the longest one; {} without a loop."""
+    """Instructions of the innermost loop with the most matrix instructions, of several the shortest, which masks nothing;
+    without matrix instructions the longest loop; {} without a loop.
+    """
     labels: dict[str, int] = {}
     code: list[tuple[str, str]] = []
     for line in sass.splitlines():
@@ -267,7 +282,8 @@ def loop_instructions(sass: str) -> dict[str, int]:
 
     def weight(loop: tuple[int, int]) -> tuple[int, int]:
         names = [name for name, _ in code[loop[0] : loop[1]]]
-        return sum("MMA" in name for name in names), len(names)
+        products = sum("MMA" in name for name in names)
+        return products, -len(names) if products else len(names)
 
     start, end = max(innermost, key=weight)
     mix: dict[str, int] = {}
@@ -367,7 +383,7 @@ def problems(rows: list[dict[str, Any]]) -> list[str]:
     found = []
     for row in rows:
         where = f"{row['kernel']} ({row['config']}, {row['dtype']}, {row['arch']})"
-        attention = row["kernel"] in ("_flash_attn_kernel", "_split_kernel")
+        attention = row["kernel"] in (*FLASH_KERNELS, "_split_kernel")
         if row["shared_bytes"] > row["shared_limit"]:
             found.append(f"{where}: {row['shared_bytes']} bytes of shared memory, at most {row['shared_limit']}")
         # The combination writes one row of head_dim per program: an element or two for each of its threads.
@@ -380,8 +396,10 @@ def problems(rows: list[dict[str, Any]]) -> list[str]:
         if row["stack_bytes"] > 64:
             found.append(f"{where}: {row['stack_bytes']} bytes of stack, at most 64")
         expected = MATRIX_INSTRUCTION.get(row["arch"], "mma.sync")
-        if row["kernel"] == "_flash_attn_kernel" and row["mma"] != expected:
+        if row["kernel"] in FLASH_KERNELS and row["mma"] != expected:
             found.append(f"{where}: uses {row['mma']}, expected {expected}")
+        if row.get("mma_serialized"):
+            found.append(f"{where}: matrix instructions are serialized")
     return found
 
 

@@ -65,7 +65,13 @@ def _decode_config(inputs: tuple[Any, ...], arch: str) -> Config:
     return {name: plan[name] for name in ("block_n", "num_warps", "num_stages")} | {"waves": found["waves"] if found else 2}
 
 
-ATTENTION_CHOICES = {"block_m": (64, 128), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)}
+ATTENTION_CHOICES = {
+    "descriptors": (1, 0),
+    "block_m": (64, 128),
+    "block_n": (32, 64, 128),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4),
+}
 DECODE_CHOICES = {"block_n": (32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (2, 3, 4), "waves": (1, 2, 4)}
 SWEEPS = [
     Sweep("flash_attn_varlen", 64, ("vision 1601", "vision 4x1601", "vision 6401"), ATTENTION_CHOICES, _attention_config),

@@ -12,6 +12,9 @@ exact (Dao, https://arxiv.org/abs/2307.08691):
 
 in base 2, with softmax_scale * log2(e) folded into one multiplication.
 
+There are two kernels for it. On NVIDIA's Hopper and newer, tiles come through tensor descriptors, which the hardware copies to
+shared memory by itself; everywhere else, and for tensors that a descriptor cannot describe, through pointers.
+
     q           (total_q, heads, head_dim)        any strides with a contiguous last dimension
     k, v        (total_k, kv_heads, head_dim)     heads a multiple of kv_heads
     cu_seqlens  (segments + 1,) int32
@@ -19,25 +22,32 @@ in base 2, with softmax_scale * log2(e) folded into one multiplication.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._dispatch import (
     INTERPRETED,
     LAUNCH_OPTIONS,
     Backend,
     architecture,
+    cdiv,
     check_bounds,
     choose_backend,
     device_guard,
     needs_grad,
+    next_power_of_2,
 )
 from .cost import Cost, declares_cost, nbytes
+from .tuned import tuned
 
 MAX_HEAD_DIM = 256
 
@@ -87,6 +97,74 @@ def _attend(
 
 
 @triton.jit
+def _attend_tiles(
+    acc, running_sum, running_max, q, k_tiles, v_tiles, head, start_k, start, end, len_k, diagonal, rows, scale,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """`_attend` with keys and values from descriptors. The scale has to be positive: it is applied after the maximum."""
+    columns = tl.arange(0, BLOCK_N)
+    for block in range(start, end, BLOCK_N):
+        k = k_tiles.load([head, start_k + block, 0]).reshape(BLOCK_N, BLOCK_D)
+        if UPCAST:
+            k = k.to(tl.float32)
+        scores = tl.dot(q, k.T)
+        column = block + columns
+        if MASKED:
+            seen = (column < len_k)[None, :]
+            if CAUSAL:
+                seen = seen & (column[None, :] <= rows[:, None] + diagonal)
+            scores = tl.where(seen, scores, float("-inf"))
+        new_max = tl.maximum(running_max, tl.max(scores, axis=1) * scale)
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        p = tl.exp2(scores * scale - finite_max[:, None])
+        alpha = tl.exp2(running_max - finite_max)
+        running_sum = running_sum * alpha + tl.sum(p, axis=1)
+        v = v_tiles.load([head, start_k + block, 0]).reshape(BLOCK_N, BLOCK_D)
+        if MASKED:
+            # Past the last key lie the next segment's values: 0 * NaN would be NaN.
+            v = tl.where((column < len_k)[:, None], v, 0.0)
+        if UPCAST:
+            v = v.to(tl.float32)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
+        running_max = new_max
+    return acc, running_sum, running_max
+
+
+@triton.jit
+def _place(cu_seqlens_q_ptr, cu_seqlens_k_ptr, n_blocks):
+    """This program's block of rows, and where its segment begins and how long it is in queries and keys."""
+    segment = tl.program_id(0) // n_blocks
+    # The last block first: under a causal mask it takes longest, and what takes longest should not start last.
+    block = n_blocks - 1 - tl.program_id(0) % n_blocks
+    start_q = tl.load(cu_seqlens_q_ptr + segment)
+    start_k = tl.load(cu_seqlens_k_ptr + segment)
+    len_q = tl.load(cu_seqlens_q_ptr + segment + 1) - start_q
+    len_k = tl.load(cu_seqlens_k_ptr + segment + 1) - start_k
+    return block, start_q, len_q, start_k, len_k
+
+
+@triton.jit
+def _seen_keys(block, len_q, len_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
+    """How many keys, in whole tiles, all rows of the block see, and how many any of them sees."""
+    by_all = len_k
+    by_any = len_k
+    if CAUSAL:
+        # The block's first row sees the fewest columns, its last row the most.
+        diagonal = len_k - len_q
+        by_all = tl.minimum(len_k, tl.maximum(block * BLOCK_M + diagonal + 1, 0))
+        by_any = tl.minimum(len_k, tl.maximum((block + 1) * BLOCK_M + diagonal, 0))
+    return by_all // BLOCK_N * BLOCK_N, by_any
+
+
+@triton.jit
+def _store_rows(out_ptr, acc, running_sum, rows, dims, start_q, len_q, head, stride_os, stride_oh, HEAD_DIM: tl.constexpr):
+    out = acc / tl.where(running_sum == 0.0, 1.0, running_sum)[:, None]
+    out_ptr += start_q.to(tl.int64) * stride_os + head.to(tl.int64) * stride_oh
+    out_pointers = out_ptr + rows.to(tl.int64)[:, None] * stride_os + dims[None, :]
+    tl.store(out_pointers, out.to(out_ptr.dtype.element_ty), mask=(rows < len_q)[:, None] & (dims < HEAD_DIM)[None, :])
+
+
+@triton.jit
 def _flash_attn_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     stride_qs, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh, stride_os, stride_oh,
@@ -95,22 +173,15 @@ def _flash_attn_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    segment = tl.program_id(0) // n_blocks
-    block = tl.program_id(0) % n_blocks
-    head = tl.program_id(1).to(tl.int64)
-
-    start_q = tl.load(cu_seqlens_q_ptr + segment)
-    start_k = tl.load(cu_seqlens_k_ptr + segment)
-    len_q = tl.load(cu_seqlens_q_ptr + segment + 1) - start_q
-    len_k = tl.load(cu_seqlens_k_ptr + segment + 1) - start_k
+    block, start_q, len_q, start_k, len_k = _place(cu_seqlens_q_ptr, cu_seqlens_k_ptr, n_blocks)
     if block * BLOCK_M >= len_q:
         return
 
     # int64 before the first multiplication with a stride: tokens * stride passes 2^31 on long packs.
+    head = tl.program_id(1).to(tl.int64)
     q_ptr += start_q.to(tl.int64) * stride_qs + head * stride_qh
     k_ptr += start_k.to(tl.int64) * stride_ks + (head // GROUP) * stride_kh
     v_ptr += start_k.to(tl.int64) * stride_vs + (head // GROUP) * stride_vh
-    out_ptr += start_q.to(tl.int64) * stride_os + head * stride_oh
 
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
@@ -122,14 +193,7 @@ def _flash_attn_kernel(
     scale = tl.cast(softmax_scale, tl.float32) * 1.4426950408889634
 
     diagonal = len_k - len_q
-    unmasked_end = len_k
-    end = len_k
-    if CAUSAL:
-        # The block's first row sees the fewest columns, its last row the most.
-        unmasked_end = tl.minimum(len_k, tl.maximum(block * BLOCK_M + diagonal + 1, 0))
-        end = tl.minimum(len_k, tl.maximum((block + 1) * BLOCK_M + diagonal, 0))
-    unmasked_end = unmasked_end // BLOCK_N * BLOCK_N
-
+    unmasked_end, end = _seen_keys(block, len_q, len_k, BLOCK_M, BLOCK_N, CAUSAL)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     running_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
     running_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
@@ -141,36 +205,118 @@ def _flash_attn_kernel(
         acc, running_sum, running_max, q, k_ptr, v_ptr, stride_ks, stride_vs, unmasked_end, end, len_k, diagonal, rows, scale,
         HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, True, UPCAST,
     )  # fmt: skip
-    out = acc / tl.where(running_sum == 0.0, 1.0, running_sum)[:, None]
-    out_pointers = out_ptr + rows.to(tl.int64)[:, None] * stride_os + dims[None, :]
-    tl.store(out_pointers, out.to(out_ptr.dtype.element_ty), mask=in_rows)
+    _store_rows(out_ptr, acc, running_sum, rows, dims, start_q, len_q, head, stride_os, stride_oh, HEAD_DIM)
+
+
+@triton.jit
+def _flash_attn_tiles_kernel(
+    q_tiles, k_tiles, v_tiles, out_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, stride_os, stride_oh, n_blocks, softmax_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    block, start_q, len_q, start_k, len_k = _place(cu_seqlens_q_ptr, cu_seqlens_k_ptr, n_blocks)
+    if block * BLOCK_M >= len_q:
+        return
+
+    # Tiles do not stop at the segment's end: rows there belong to the next one, and are masked as keys and never stored.
+    # Beyond the tensor and beyond head_dim they are 0.
+    head = tl.program_id(1)
+    kv_head = head // GROUP
+    q = q_tiles.load([head, start_q + block * BLOCK_M, 0]).reshape(BLOCK_M, BLOCK_D)
+    if UPCAST:
+        q = q.to(tl.float32)
+    scale = tl.cast(softmax_scale, tl.float32) * 1.4426950408889634
+
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    diagonal = len_k - len_q
+    unmasked_end, end = _seen_keys(block, len_q, len_k, BLOCK_M, BLOCK_N, CAUSAL)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    running_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    running_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    acc, running_sum, running_max = _attend_tiles(
+        acc, running_sum, running_max, q, k_tiles, v_tiles, kv_head, start_k, 0, unmasked_end, len_k, diagonal, rows, scale,
+        BLOCK_D, BLOCK_N, CAUSAL, False, UPCAST,
+    )  # fmt: skip
+    acc, running_sum, running_max = _attend_tiles(
+        acc, running_sum, running_max, q, k_tiles, v_tiles, kv_head, start_k, unmasked_end, end, len_k, diagonal, rows, scale,
+        BLOCK_D, BLOCK_N, CAUSAL, True, UPCAST,
+    )  # fmt: skip
+    _store_rows(out_ptr, acc, running_sum, rows, tl.arange(0, BLOCK_D), start_q, len_q, head, stride_os, stride_oh, HEAD_DIM)
 
 
 @dataclass(frozen=True)
 class FlashConfig:
-    """Tile sizes of one launch.
+    """Tile sizes of one launch, and whether they are read through tensor descriptors.
 
     They depend on head_dim, dtype and architecture alone, never on lengths: a segment gives the same bits alone and in
-    any pack. They are the largest that compile without spills for the architecture (`python -m benchmarks.aot`).
+    any pack. All of the rule's compile without spills (`python -m benchmarks.aot`); a table in use (`tuned.py`) goes before it.
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    descriptors: bool = False
 
     @classmethod
-    def choose(cls, head_dim: int, dtype: torch.dtype, architecture: str) -> FlashConfig:
+    def choose(cls, head_dim: int, dtype: torch.dtype, architecture: str, descriptors: bool = True) -> FlashConfig:
+        """The configuration of an architecture; `descriptors=False` where the tensors do not allow any."""
+        if descriptors and (found := tuned("flash_attn_varlen", (head_dim, dtype, architecture))):
+            return cls(**{**found, "descriptors": bool(found["descriptors"])})
         if dtype == torch.float32:
             # Exact float32 products use no matrix instruction; larger tiles spill.
             return cls(32, 32, 4, 1) if head_dim <= 64 else cls(16, 16, 4, 1)
         if architecture.startswith("gfx"):
             return cls(128, 64, 4, 2) if head_dim <= 64 else cls(128, 32, 4, 2) if head_dim <= 128 else cls(64, 32, 4, 1)
+        if descriptors and head_dim <= 128 and (generation := _generation(architecture)) >= 9:
+            if generation == 12:  # products from registers, as before Hopper
+                return cls(128, 64 if head_dim <= 64 else 32, 8, 2, descriptors=True)
+            # head_dim 64 leaves room for two programs on a processor: one's softmax runs under the other's products.
+            return cls(128, 64, 4, 3, descriptors=True) if head_dim <= 64 else cls(128, 128, 8, 2, descriptors=True)
         if head_dim <= 64:
             return cls(128, 64, 4, 3)
         if head_dim <= 128:
             return cls(128, 64, 8, 2)
         return cls(64, 32, 8, 2)
+
+
+def _generation(architecture: str) -> int:
+    """9 for Hopper's "sm_90"; 0 for what is not NVIDIA's."""
+    return int(architecture[3:]) // 10 if architecture.startswith("sm_") else 0
+
+
+_forced: ContextVar[FlashConfig | None] = ContextVar("flash_config", default=None)
+
+
+@contextlib.contextmanager
+def flash_config(config: FlashConfig) -> Iterator[None]:
+    """Launches use this configuration: for tests of one path, and for tuning."""
+    token = _forced.set(config)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _configure(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float) -> FlashConfig:
+    """The one place that decides between descriptors and pointers."""
+    chosen = q.shape[-1], q.dtype, architecture(q.device)
+    config = _forced.get() or FlashConfig.choose(*chosen)
+    if config.descriptors and not (softmax_scale > 0.0 and all(map(_describable, (q, k, v)))):
+        return FlashConfig.choose(*chosen, descriptors=False)
+    return config
+
+
+def _describable(x: torch.Tensor) -> bool:
+    """Whether the hardware can copy tiles of `x`: 16 bits, not empty, and steps of 16 bytes but in the last dimension."""
+    steps = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1]))
+    return x.element_size() == 2 and x.numel() > 0 and all(step > 0 and step % 16 == 0 for step in steps)
+
+
+def _tiles(x: torch.Tensor, rows: int, block_d: int) -> TensorDescriptor:
+    """`x` (total, heads, head_dim) in tiles of one head, so that the tile's first dimension can be dropped."""
+    return TensorDescriptor.from_tensor(x.transpose(0, 1), [1, rows, block_d])
 
 
 # SymInt: a plain int would make torch.compile start anew for every length.
@@ -198,19 +344,29 @@ def _(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0 or max_seqlen_q == 0:
         return out
-    config = FlashConfig.choose(head_dim, q.dtype, architecture(q.device))
-    n_blocks = triton.cdiv(max_seqlen_q, config.block_m)
+    config = _configure(q, k, v, softmax_scale)
+    n_blocks = cdiv(max_seqlen_q, config.block_m)
+    grid = ((cu_seqlens_q.shape[0] - 1) * n_blocks, heads)
+    block_d = max(16, next_power_of_2(head_dim))
+    options = dict(
+        GROUP=heads // k.shape[1], HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        CAUSAL=causal,
+        # The interpreter has no working bfloat16 arithmetic.
+        UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
+        num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
+    )  # fmt: skip
     with device_guard(q):
-        _flash_attn_kernel[((cu_seqlens_q.shape[0] - 1) * n_blocks, heads)](
-            q, k, v, out, cu_seqlens_q, cu_seqlens_k,
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
-            n_blocks, softmax_scale,
-            GROUP=heads // k.shape[1], HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, CAUSAL=causal,
-            # The interpreter has no working bfloat16 arithmetic.
-            UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
-            num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
-        )  # fmt: skip
+        if config.descriptors:
+            _flash_attn_tiles_kernel[grid](
+                _tiles(q, config.block_m, block_d), _tiles(k, config.block_n, block_d), _tiles(v, config.block_n, block_d),
+                out, cu_seqlens_q, cu_seqlens_k, *out.stride()[:2], n_blocks, softmax_scale, **options,
+            )  # fmt: skip
+        else:
+            _flash_attn_kernel[grid](
+                q, k, v, out, cu_seqlens_q, cu_seqlens_k,
+                *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
+                n_blocks, softmax_scale, **options,
+            )  # fmt: skip
     return out
 
 
@@ -294,7 +450,8 @@ def flash_attn_varlen_func(
             raise NotImplementedError(f"flash_attn_varlen_func: {name}={value!r} is not supported, expected {default!r}")
     _check_shapes(q, k, v, cu_seqlens_q, cu_seqlens_k)
     check_bounds("flash_attn_varlen_func", "cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-    check_bounds("flash_attn_varlen_func", "cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    if cu_seqlens_k is not cu_seqlens_q or k.shape[0] != q.shape[0] or max_seqlen_k != max_seqlen_q:
+        check_bounds("flash_attn_varlen_func", "cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     if choose_backend("flash_attn_varlen_func", backend, q, k, v) == "torch":
@@ -351,8 +508,9 @@ def flash_attn_varlen_sdpa(
     """The torch backend: `scaled_dot_product_attention`, neighbouring segments of equal lengths in one call."""
     lengths_q, lengths_k = (cu_seqlens.diff().tolist() for cu_seqlens in (cu_seqlens_q, cu_seqlens_k))
     group = q.shape[1] // k.shape[1]
-    if group > 1:
-        k, v = (x[:, :, None].expand(-1, -1, group, -1).flatten(1, 2) for x in (k, v))
+    if softmax_scale <= 0.0:
+        # A masked score is -inf before the scale: 0 or a negative number would make it NaN or inf.
+        q, softmax_scale = q * softmax_scale, 1.0
     outputs = []
     start_q = start_k = 0
     for (len_q, len_k), run in groupby(zip(lengths_q, lengths_k, strict=True)):
@@ -370,6 +528,8 @@ def flash_attn_varlen_sdpa(
         mask = None
         if causal and len_q != len_k:
             mask = torch.ones(len_q, len_k, dtype=torch.bool, device=q.device).tril(len_k - len_q)
+        if group > 1:
+            keys, values = (x[..., None, :].expand(-1, -1, -1, group, -1).flatten(2, 3) for x in (keys, values))
         output = torch.nn.functional.scaled_dot_product_attention(
             *(x.transpose(1, 2) for x in (queries, keys, values)),
             attn_mask=mask,

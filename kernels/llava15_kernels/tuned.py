@@ -31,10 +31,11 @@ Key = tuple[int, torch.dtype, str]
 Table = Mapping[tuple[str, Key], dict[str, int]]
 
 FIELDS = {
-    "flash_attn_varlen": ("block_m", "block_n", "num_warps", "num_stages"),
+    "flash_attn_varlen": ("block_m", "block_n", "num_warps", "num_stages", "descriptors"),
     "flash_decode": ("block_n", "num_warps", "num_stages", "waves"),
 }
-"""What a configuration of each operator says, all of it. waves: programs per multiprocessor that the cache is split for."""
+"""What a configuration of each operator says, all of it. waves: programs per multiprocessor that the cache is split for;
+descriptors: 1 where tiles are read through tensor descriptors."""
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32)}
 _ALLOWED = {
@@ -43,6 +44,7 @@ _ALLOWED = {
     "num_warps": (1, 2, 4, 8, 16),
     "num_stages": tuple(range(1, 9)),
     "waves": tuple(range(1, 17)),
+    "descriptors": (0, 1),
 }
 
 _table: Table | None = None

@@ -2,9 +2,34 @@ import pytest
 import torch
 
 from llava15_kernels import flash_attn_varlen_func, flash_attn_varlen_ref
+from llava15_kernels._dispatch import architecture, as_if_on
+from llava15_kernels.flash_attn import FlashConfig, flash_config
 from llava15_kernels.testing import DTYPES, assert_close, worst
 
 BACKENDS = ["triton", "torch"]
+HALVES = [dtype for dtype in DTYPES if dtype != torch.float32]
+# Descriptors serve 16-bit dtypes.
+TRITON_ROUTES = [("pointers", dtype) for dtype in DTYPES] + [("descriptors", dtype) for dtype in HALVES]
+ROUTES = TRITON_ROUTES + [("torch", dtype) for dtype in DTYPES]
+
+
+def over(routes):
+    ids = [f"{path}-{str(dtype).removeprefix('torch.')}" for path, dtype in routes]
+    return pytest.mark.parametrize("path,dtype", routes, ids=ids)
+
+
+def attend(path, q, *arguments, **options):
+    """The public function on one path, with the tiles of the GPU at hand or else of an H100.
+
+    What has no descriptors there (a large head_dim, an older GPU) goes through pointers on both.
+    """
+    if path == "torch":
+        return flash_attn_varlen_func(q, *arguments, **options, backend="torch")
+    name = architecture(q.device) if q.is_cuda else "sm_90"
+    with flash_config(FlashConfig.choose(q.shape[-1], q.dtype, name, descriptors=path == "descriptors")):
+        return flash_attn_varlen_func(q, *arguments, **options, backend="triton")
+
+
 # Lengths around the tile edges, one token, nothing at all, queries and keys that differ.
 CASES = {
     "one-token": ([1], [1]),
@@ -28,88 +53,198 @@ def inputs(lengths_q, lengths_k, heads, kv_heads, head_dim, dtype, device):
     return q, k, v, cumulative(lengths_q, device), cumulative(lengths_k, device), max(lengths_q), max(lengths_k)
 
 
-def check(arguments, causal, backend, scale=None):
+def check(arguments, causal, path, scale=None):
     q, k, v, cu_q, cu_k, *_ = arguments
-    ours = flash_attn_varlen_func(*arguments, softmax_scale=scale, causal=causal, backend=backend)
+    ours = attend(path, *arguments, softmax_scale=scale, causal=causal)
     eager = flash_attn_varlen_ref(q, k, v, cu_q, cu_k, scale, causal)
     ref = flash_attn_varlen_ref(q.double(), k.double(), v.double(), cu_q, cu_k, scale, causal)
     assert_close(ours, eager, ref, "flash_attn_varlen_func")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@over(ROUTES)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_flash_attn_varlen(device, case, causal, dtype, backend):
-    check(inputs(*case, 4, 2, 64, dtype, device), causal, backend)
+def test_flash_attn_varlen(device, case, causal, dtype, path):
+    check(inputs(*case, 4, 2, 64, dtype, device), causal, path)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("heads,kv_heads,head_dim", [(5, 5, 16), (6, 2, 16), (2, 1, 72), (2, 2, 80), (4, 1, 128), (1, 1, 256)])
-def test_flash_attn_varlen_heads(device, heads, kv_heads, head_dim, dtype):
-    check(inputs([19, 40], None, heads, kv_heads, head_dim, dtype, device), True, "triton")
+@over(TRITON_ROUTES)
+@pytest.mark.parametrize(
+    "heads,kv_heads,head_dim",
+    [(5, 5, 16), (6, 2, 16), (2, 2, 20), (3, 1, 32), (2, 1, 72), (2, 2, 80), (1, 1, 96), (4, 1, 128), (1, 1, 256)],
+)
+def test_flash_attn_varlen_heads(device, heads, kv_heads, head_dim, dtype, path):
+    check(inputs([19, 40], None, heads, kv_heads, head_dim, dtype, device), True, path)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+# (padded length of the queries, of the keys, how much of them is real): one off the tiles' edges on either side.
+PADDED = [
+    (1, 63, "random"),
+    (63, 64, "full"),
+    (64, 65, "third"),
+    (65, 63, "random"),
+    (127, 128, "third"),
+    (128, 129, "random"),
+    (129, 127, "third"),
+    (128, 256, "full"),
+    (200, 300, "random"),
+    (257, 200, "third"),
+]
+
+
+def random_lengths(batch, longest, mode, device):
+    shortest = {"full": longest, "random": max(1, longest - 20), "third": max(1, longest // 3)}[mode]
+    return torch.randint(shortest, longest + 1, (batch,), device=device)
+
+
+def padded_attention(q, k, v, lengths_q, lengths_k, causal):
+    """Dense attention over (batch, length, heads, head_dim), of which the first `lengths` are real."""
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    row = torch.arange(q.shape[1], device=q.device)[:, None]
+    column = torch.arange(k.shape[1], device=q.device)
+    lengths_q, lengths_k = (x[:, None, None, None] for x in (lengths_q, lengths_k))
+    seen = column < lengths_k
+    if causal:
+        seen = seen & (column <= row + lengths_k - lengths_q)
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+@over([route for route in TRITON_ROUTES if route[1] in HALVES])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_every_segments_last_key_counts(device, causal, backend):
+@pytest.mark.parametrize("heads,kv_heads,head_dim", [(2, 2, 64), (3, 1, 128)], ids=["mha", "gqa"])
+@pytest.mark.parametrize("length_q,length_k,mode", PADDED)
+def test_unpadded_equals_padded(device, length_q, length_k, mode, heads, kv_heads, head_dim, causal, dtype, path):
+    """Packing what a padding mask leaves gives what dense attention under that mask gives."""
+    batch = 3
+    lengths_q, lengths_k = (random_lengths(batch, length, mode, device) for length in (length_q, length_k))
+    q = torch.randn(batch, length_q, heads, head_dim, device=device).to(dtype)
+    k, v = torch.randn(2, batch, length_k, kv_heads, head_dim, device=device).to(dtype)
+    real_q, real_k = (
+        torch.arange(length, device=device) < lengths[:, None]
+        for length, lengths in ((length_q, lengths_q), (length_k, lengths_k))
+    )
+    cu_q, cu_k = (cumulative(lengths.tolist(), device) for lengths in (lengths_q, lengths_k))
+    ours = attend(path, q[real_q], k[real_k], v[real_k], cu_q, cu_k, length_q, length_k, causal=causal)
+    eager = padded_attention(q, k, v, lengths_q, lengths_k, causal)
+    ref = padded_attention(q.double(), k.double(), v.double(), lengths_q, lengths_k, causal)
+    assert_close(ours, eager[real_q], ref[real_q], "unpadded")
+
+
+@over(ROUTES)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_every_segments_last_key_counts(device, causal, dtype, path):
     """A large value in each segment's last key is in the output of the rows that see it."""
-    q, k, v, cu, *rest = inputs([33, 16, 50], None, 2, 2, 16, torch.float32, device)
+    q, k, v, cu, *rest = inputs([33, 16, 50, 128], None, 2, 2, 16, dtype, device)
     last = cu[1:].long() - 1
     v[last] += 1000.0
-    check((q, k, v, cu, *rest), causal, backend)
-    ours = flash_attn_varlen_func(q, k, v, cu, *rest, causal=causal, backend=backend)
+    check((q, k, v, cu, *rest), causal, path)
+    ours = attend(path, q, k, v, cu, *rest, causal=causal)
     assert (ours[last].abs() > 1.0).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@over(ROUTES)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_nothing_leaks_between_segments(device, causal, backend):
-    """NaN in the neighbouring segments leaves a segment's output finite."""
-    q, k, v, cu, _, longest, _ = inputs([33, 40, 20], None, 2, 2, 16, torch.float32, device)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 6e4])
+def test_nothing_leaks_between_segments(device, value, causal, dtype, path):
+    """Whatever stands in the neighbouring segments, a segment's output is what it is by itself."""
+    q, k, v, cu, *_ = inputs([33, 140, 20], None, 2, 2, 16, dtype, device)
     inside = slice(int(cu[1]), int(cu[2]))
+    outside = torch.ones(q.shape[0], dtype=torch.bool)
+    outside[inside] = False
     for x in (q, k, v):
-        outside = torch.ones(x.shape[0], dtype=torch.bool)
-        outside[inside] = False
-        x[outside] = float("nan")
-    ours = flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=causal, backend=backend)
-    assert ours[inside].isfinite().all()
+        x[outside] = value
+    packed = attend(path, q, k, v, cu, cu, 140, 140, causal=causal)[inside]
+    own, bounds = [x[inside] for x in (q, k, v)], cumulative([140], device)
+    eager = flash_attn_varlen_ref(*own, bounds, bounds, causal=causal)
+    ref = flash_attn_varlen_ref(*(x.double() for x in own), bounds, bounds, causal=causal)
+    assert_close(packed, eager, ref, "beside other segments")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@over(TRITON_ROUTES)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_a_segment_alone_gives_the_same_bits_as_in_a_pack(device, causal, dtype):
-    q, k, v, cu, _, longest, _ = inputs([50, 7, 130], None, 2, 1, 64, dtype, device)
-    packed = flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=causal, backend="triton")
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_a_segment_alone_gives_the_same_bits_as_in_a_pack(device, head_dim, causal, dtype, path):
+    q, k, v, cu, _, longest, _ = inputs([50, 7, 130], None, 2, 1, head_dim, dtype, device)
+    packed = attend(path, q, k, v, cu, cu, longest, longest, causal=causal)
     for start, end in zip(cu.tolist(), cu.tolist()[1:], strict=False):
         bounds = cumulative([end - start], device)
-        alone = flash_attn_varlen_func(
-            *(x[start:end] for x in (q, k, v)), bounds, bounds, end - start, end - start, causal=causal, backend="triton"
-        )
+        alone = attend(path, *(x[start:end] for x in (q, k, v)), bounds, bounds, end - start, end - start, causal=causal)
         assert torch.equal(alone, packed[start:end])
 
 
-def test_two_runs_are_bit_equal(device):
+@pytest.mark.parametrize("path", ["pointers", "descriptors"])
+def test_two_runs_are_bit_equal(device, path):
     arguments = inputs([70, 65], None, 2, 1, 64, torch.float16, device)
-    first, second = (flash_attn_varlen_func(*arguments, causal=True, backend="triton") for _ in range(2))
+    first, second = (attend(path, *arguments, causal=True) for _ in range(2))
     assert torch.equal(first, second)
 
 
-def test_strided_views_of_a_packed_qkv(device):
-    """As the vision tower passes them; and with a misaligned storage offset."""
-    qkv = torch.randn(60 * 3 * 4 * 16 + 1, device=device)
-    for base in (qkv[:-1], qkv[1:]):
+@over(TRITON_ROUTES)
+def test_strided_views_of_a_packed_qkv(device, dtype, path):
+    """As the vision tower passes them; and with a misaligned storage offset, which no descriptor allows."""
+    qkv = torch.randn(60 * 3 * 4 * 16 + 1, device=device).to(dtype)
+    for base, taken in ((qkv[:-1], path), (qkv[1:], "pointers")):
         q, k, v = base.view(60, 3, 4, 16).unbind(1)
         cu = cumulative([25, 35], device)
-        strided = flash_attn_varlen_func(q, k, v, cu, cu, 35, 35, backend="triton")
-        dense = flash_attn_varlen_func(*(x.contiguous() for x in (q, k, v)), cu, cu, 35, 35, backend="triton")
+        strided = attend(path, q, k, v, cu, cu, 35, 35)
+        dense = attend(taken, *(x.contiguous() for x in (q, k, v)), cu, cu, 35, 35)
         assert torch.equal(strided, dense)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("scale", [0.01, 1.0])
-def test_softmax_scale_is_used(device, scale, backend):
-    check(inputs([20, 33], None, 2, 2, 16, torch.float32, device), False, backend, scale)
+def possible_descriptors(device):
+    """what -> (q, k and v, scale, whether an H100 reads them through descriptors)."""
+
+    def randn(*shape):
+        return torch.randn(shape, dtype=torch.float16, device=device)
+
+    q, k, v = randn(3, 20, 2, 64)
+    return {
+        "plain": (q, k, v, None, True),
+        "packed": (*randn(20, 3, 2, 64).unbind(1), None, True),
+        "part-of-a-head": (q[..., 8:16], k[..., 8:16], v[..., 8:16], None, True),
+        "misaligned-base": (q[..., 4:], k[..., 4:], v[..., 4:], None, False),
+        "misaligned-rows": (q, randn(20, 132)[:, :128].unflatten(1, (2, 64)), v, None, False),
+        "misaligned-heads": (*randn(3, 20, 2, 20), None, False),
+        "expanded-heads": (q, k[:, :1].expand(-1, 2, -1), v, None, False),
+        "no-keys": (q, k[:0], v[:0], None, False),
+        "wide-heads": (*randn(3, 20, 2, 256), None, False),
+        "negative-scale": (q, k, v, -0.1, False),
+        "zero-scale": (q, k, v, 0.0, False),
+    }
+
+
+@pytest.mark.parametrize("what", possible_descriptors("meta"))
+def test_descriptors_where_they_are_possible(device, what, launches):
+    q, k, v, scale, expected = possible_descriptors(device)[what]
+    cu_q, cu_k = cumulative([20], device), cumulative([len(k)], device)
+    eager = flash_attn_varlen_ref(q, k, v, cu_q, cu_k, scale)
+    ref = flash_attn_varlen_ref(q.double(), k.double(), v.double(), cu_q, cu_k, scale)
+    for name in ("sm_90", "sm_80"):
+        with as_if_on(name):
+            ours = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 20, 20, softmax_scale=scale, backend="triton")
+        assert launches[-1] == ("_flash_attn_tiles_kernel" if expected and name == "sm_90" else "_flash_attn_kernel")
+        assert_close(ours, eager, ref, what)
+
+
+@pytest.mark.parametrize(
+    "name,expected",
+    [("sm_80", False), ("sm_89", False), ("sm_90", True), ("sm_100", True), ("sm_120", True), ("sm_121", True),
+     ("gfx942", False), ("interpreter", False)],
+)  # fmt: skip
+def test_architectures_with_descriptors(name, expected):
+    for dtype in (torch.float16, torch.bfloat16):
+        assert [FlashConfig.choose(dim, dtype, name).descriptors for dim in (16, 64, 128)] == [expected] * 3
+        assert not FlashConfig.choose(129, dtype, name).descriptors
+        assert not FlashConfig.choose(64, dtype, name, descriptors=False).descriptors
+    assert not FlashConfig.choose(64, torch.float32, name).descriptors
+
+
+@over(TRITON_ROUTES)
+@pytest.mark.parametrize("scale", [0.01, 1.0, 0.0, -0.5])
+def test_softmax_scale_is_used(device, scale, dtype, path):
+    check(inputs([20, 33], None, 2, 2, 16, dtype, device), True, path, scale)
 
 
 def test_scale_defaults_to_the_head_dim(device):
@@ -120,9 +255,10 @@ def test_scale_defaults_to_the_head_dim(device):
     )
 
 
-def test_large_scores_do_not_overflow(device):
-    q, k, v, *rest = inputs([33], None, 1, 1, 64, torch.float32, device)
-    check((q * 100, k * 100, v, *rest), True, "triton")
+@over(TRITON_ROUTES)
+def test_large_scores_do_not_overflow(device, dtype, path):
+    q, k, v, *rest = inputs([33], None, 1, 1, 64, dtype, device)
+    check((q * 30, k * 30, v, *rest), True, path)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
+from llava15_kernels._dispatch import as_if_on
 from llava15_kernels.cost import cost_of, declared_operators
 from llava15_kernels.flash_decode import _Plan
 from llava15_kernels.testing import DTYPES
@@ -86,6 +87,19 @@ def test_declared_cost_is_the_real_one(device, op, dtype, launches, stored_bytes
     assert len(launches) == cost.launches
     if stored_bytes is not None:
         assert sum(stored_bytes) == cost.written
+
+
+def test_flash_attn_through_descriptors(device, launches, stored_bytes):
+    """Another kernel behind the same operator: the same cost, and it traces and compiles as well."""
+    operator, call = torch.ops.llava15.flash_attn_varlen, arguments(device, torch.float16)["flash_attn_varlen"]
+    with as_if_on("sm_90"):
+        out = operator(*call)
+        assert launches == ["_flash_attn_tiles_kernel"]
+        if stored_bytes is not None:
+            assert sum(stored_bytes) == cost_of("flash_attn_varlen", *call).written
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(operator, fullgraph=True, backend="aot_eager")(*call), out)
+        torch.library.opcheck(operator.default, call)
 
 
 @pytest.fixture
