@@ -241,7 +241,7 @@ def test_architectures_with_descriptors(name, expected):
     assert not FlashConfig.choose(64, torch.float32, name).descriptors
 
 
-@over(TRITON_ROUTES)
+@over(ROUTES)
 @pytest.mark.parametrize("scale", [0.01, 1.0, 0.0, -0.5])
 def test_softmax_scale_is_used(device, scale, dtype, path):
     check(inputs([20, 33], None, 2, 2, 16, dtype, device), True, path, scale)
