@@ -9,8 +9,8 @@
 | modelled         | modelled | the counted launches at the rates and overheads of `Assumptions`, best and worst         |
 | measured         | measured | the median of a committed run on that device, else "not measured yet"                    |
 
-Phases: the vision tower for one square image; a prompt of text up to its last position's logits; one more token behind a context.
-Providers: transformers' eager attention, transformers' sdpa, and the patched model. Batch 1, bfloat16.
+Phases: the vision tower for one square image; a prompt of text up to its last position's logits; one more token behind a
+context. Providers: transformers' eager attention, transformers' sdpa, and the patched model. Batch 1, bfloat16.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class Floor:
 
 
 def floor_of(config: Any, phase: Phase) -> Floor:
-    """From the configuration alone: every weight, the cached keys and values, and the inputs once; matrix products and attention.
+    """From the configuration alone: weights, cached keys and values and inputs once; matrix products and attention.
 
     Activations count as staying on the chip. `config` is a `LlavaOnevision1_5Config`.
     """

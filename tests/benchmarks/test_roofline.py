@@ -135,7 +135,7 @@ def test_the_command_says_what_is_counted_and_what_is_modelled(tmp_path, capsys)
 @needs_no_gpu
 @pytest.mark.parametrize("size", ["4b", "8b"])
 def test_the_committed_counts_are_those_of_this_code(size):
-    """Fails when a change moves them: python -m benchmarks.roofline --config SIZE --json benchmarks/results/roofline/SIZE.json"""
+    """Where a change moves them: python -m benchmarks.roofline --config SIZE --json benchmarks/results/roofline/SIZE.json"""
     document = json.loads((roofline.RESULTS / "roofline" / f"{size}.json").read_text())
     if document["transformers"] != version("transformers"):
         pytest.skip("counted with another release of transformers")
