@@ -296,12 +296,14 @@ def with_section(readme: str, text: str) -> str:
 
 # --- pictures
 
-OURS, OTHERS, FLOOR, PUBLISHED = (
-    "#c2410c",
-    ("#64748b", "#94a3b8", "#0f766e", "#7c3aed", "#0369a1", "#a16207"),
-    "#111827",
-    "#475569",
-)
+OURS, FLOOR, PUBLISHED, MISSING = "#c2410c", "#111827", "#cbd5e1", "#475569"
+OTHERS = ("#64748b", "#94a3b8", "#0f766e", "#7c3aed", "#0369a1", "#a16207")
+CHARTED = {"FlashAttention-2": "#64748b", "Triton": "#b45309", "cuDNN": "#0f766e", "FlashAttention-3": "#7c3aed"}
+BESIDE = {
+    "SDPA flash": "#64748b", "SDPA cuDNN": "#0f766e", "torch varlen_attn": "#0369a1", "FlexAttention": "#be185d",
+    "flash-attn": "#111827",
+}  # fmt: skip
+"""Attention: who is in the published chart, and whose measurements are drawn beside ours."""
 WIDTH = 8.0
 """Inches, at 150 dots each: as wide as a README shows it."""
 
@@ -353,8 +355,8 @@ def _decode_bars(axes: Axes, evidence: Evidence, config: str) -> None:
         y = len(labels)
         labels.append(label)
         axes.barh(y, high - low, 0.7, left=low, zorder=2, **style)
-        missing = {"color": PUBLISHED, "style": "italic", "backgroundcolor": "white"} if text == NOT_YET else {}
-        axes.text(high + 0.4, y, text, va="center", fontsize=9, **missing)
+        missing = {"color": MISSING, "style": "italic"} if text == NOT_YET else {}
+        axes.text(max(high, floor) + 0.4, y, text, va="center", fontsize=9, **missing)
 
     floor = counted["patched"]["floor"]["ms"]
     bar(f"floor, {device}", 0, floor, f"{floor:.2f}", color=FLOOR)
@@ -372,7 +374,7 @@ def _decode_bars(axes: Axes, evidence: Evidence, config: str) -> None:
     for entry in evidence.published["figures"]:
         if entry["ours"].get("config") == config and entry["ours"]["context"] == 1024:
             on = entry["on"].split(",")[0]
-            bar(f"{entry['by']},\npublished, {on}", 0, entry["number"], f"{entry['number']:g}", color="#cbd5e1")
+            bar(f"{entry['by']},\npublished, {on}", 0, entry["number"], f"{entry['number']:g}", color=PUBLISHED)
     axes.axvline(floor, color=FLOOR, linewidth=0.8, linestyle=":", zorder=1)
     axes.set_yticks(range(len(labels)), labels, fontsize=8.5)
     axes.tick_params(axis="y", length=0)
@@ -385,17 +387,24 @@ def attention_picture(evidence: Evidence) -> Figure:
     published = evidence.published["attention"]
     figure, both = new_figure(3.8, 2, sharey=True)
     for axes, kind in zip(both, ("vision", "causal"), strict=True):
-        for color, (name, values) in zip(OTHERS, ((k, v) for k, v in published[kind].items() if k != "title"), strict=False):
+        for name, color in CHARTED.items():
+            values = published[kind][name]
             axes.plot(published["tokens"], values, color=color, linewidth=1.2, linestyle="--", label=f"{name}, published")
         points: dict[str, list[tuple[int, float]]] = {}
         for (case, provider), row in evidence.times("flash_attn_varlen_func").items():
             if (match := re.fullmatch(rf"{kind} (\d+)", case)) and "rate" in row:
                 points.setdefault(provider, []).append((int(match[1]), row["rate"]))
-        for index, (provider, found) in enumerate(sorted(points.items(), key=lambda item: item[0] != "ours")):
-            style = (
-                {"color": OURS, "linewidth": 2.2, "zorder": 5} if provider == "ours" else {"color": OTHERS[index % len(OTHERS)]}
-            )
-            axes.plot(*zip(*sorted(found), strict=True), marker="o", markersize=4, label=f"{provider}, measured", **style)
+        for provider, color in {**BESIDE, "ours": OURS}.items():
+            if found := sorted(points.get(provider, [])):
+                width = 2.4 if provider == "ours" else 1.4
+                axes.plot(
+                    *zip(*found, strict=True),
+                    marker="o",
+                    markersize=4,
+                    color=color,
+                    linewidth=width,
+                    label=f"{provider}, measured",
+                )
         axes.set_xscale("log", base=2)
         axes.set_xticks(published["tokens"], ["1k", "2k", "4k", "8k", "16k"])
         axes.minorticks_off()
