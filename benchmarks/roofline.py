@@ -177,6 +177,17 @@ def count(size: str, phases: tuple[Phase, ...] = PHASES, architecture: str = "sm
                 yield phase, provider, counted
 
 
+def counted_fields(counted: Counter) -> dict[str, int]:
+    """As they stand in a row."""
+    return {
+        "launches": counted.launches,
+        "operators": sum(counted.calls.values()),
+        "bytes_read": counted.read,
+        "bytes_written": counted.written,
+        "flops": counted.flops,
+    }
+
+
 # --- modelled
 
 
@@ -309,13 +320,7 @@ def table_of(
                 {
                     "phase": phase.name,
                     "provider": provider,
-                    "counted": {
-                        "launches": counted.launches,
-                        "operators": sum(counted.calls.values()),
-                        "bytes_read": counted.read,
-                        "bytes_written": counted.written,
-                        "flops": counted.flops,
-                    },
+                    "counted": counted_fields(counted),
                     "floor": {"bytes": floor.bytes, "flops": floor.flops, "ms": round(floor.ms(device), 3)},
                     "modelled": {
                         "best_ms": round(modelled.best_ms, 2),

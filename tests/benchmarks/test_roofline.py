@@ -52,8 +52,12 @@ def test_a_patched_decode_step_by_a_closed_formula(counts):
 def test_operations_are_those_of_the_closed_formula(counts, kind):
     """Nothing is computed that need not be, by sdpa and by ours; eager attention computes what is masked too."""
     floor = roofline.floor_of(config_of("4b"), Phase(kind, 560 if kind == "vision" else 1024))
-    assert counts[kind, "patched"].flops == counts[kind, "sdpa"].flops == floor.flops
-    assert counts[kind, "eager"].flops - floor.flops == (4 * 36 * 32 * 128 * 1024 * 1023 // 2 if kind == "prefill" else 0)
+    # transformers 5.17 makes the text's rotary angles by a matrix product.
+    angles = (0, {"vision": 0, "prefill": 2 * 64 * 1024, "decode": 2 * 64}[kind])
+    masked = 4 * 36 * 32 * 128 * 1024 * 1023 // 2 if kind == "prefill" else 0
+    assert counts[kind, "patched"].flops == floor.flops
+    assert counts[kind, "sdpa"].flops - floor.flops in angles
+    assert counts[kind, "eager"].flops - floor.flops - masked in angles
     assert floor.bytes < counts[kind, "patched"].bytes < counts[kind, "sdpa"].bytes < counts[kind, "eager"].bytes
     assert counts[kind, "patched"].launches < counts[kind, "sdpa"].launches / 2
 
@@ -134,12 +138,13 @@ def test_the_command_says_what_is_counted_and_what_is_modelled(tmp_path, capsys)
 
 @needs_no_gpu
 @pytest.mark.parametrize("size", ["4b", "8b"])
-def test_the_committed_counts_are_those_of_this_code(size):
+def test_the_committed_counts_are_those_of_this_code(size, counts):
     """Where a change moves them: python -m benchmarks.roofline --config SIZE --json benchmarks/results/roofline/SIZE.json"""
     document = json.loads((roofline.RESULTS / "roofline" / f"{size}.json").read_text())
     if document["transformers"] != version("transformers"):
         pytest.skip("counted with another release of transformers")
-    fresh = roofline.table_of(size, "h100", (Phase("decode", 1024), Phase("prefill", 1024)), [])["rows"]
-    committed = {(row["phase"], row["provider"]): row for row in document["rows"]}
-    for found in fresh:
-        assert committed[found["phase"], found["provider"]]["counted"] == found["counted"]
+    committed = {(row["phase"].split()[0], row["provider"]): row["counted"] for row in reversed(document["rows"])}
+    if size == "8b":
+        counts = {(phase.kind, who): counted for phase, who, counted in roofline.count(size, (Phase("decode", 1024),))}
+    for key, counted in counts.items():
+        assert committed[key] == roofline.counted_fields(counted), key
