@@ -115,13 +115,15 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> LlavaOnevision
 def in_float32(model: torch.nn.Module) -> Iterator[None]:
     """The same weights, widened in place and narrowed again, which gives back every bit."""
     dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
+    tf32 = torch.backends.cudnn.allow_tf32
     try:
         for parameter in dtypes:
             parameter.data = parameter.data.float()
         # The patch embedding is a convolution, which cuDNN would round to TF32; matrix products are not, by default.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
+        torch.backends.cudnn.allow_tf32 = False
+        yield
     finally:
+        torch.backends.cudnn.allow_tf32 = tf32
         for parameter, dtype in dtypes.items():
             parameter.data = parameter.data.to(dtype)
 

@@ -163,13 +163,15 @@ def test_mistakes_are_said(arguments, capsys):
 
 def test_sections_of_the_gpu_check(tmp_path, torch_backend):
     """Every item of both, tiny; a wrong one is a failure."""
-    for select in ("decode: ", "answers: "):
+    expected = {"decode: ": {"patched", "sdpa"}, "answers: ": {"patched", "sdpa"}}
+    expected["other ways: "] = PROVIDERS.keys() - expected["decode: "]
+    for select, providers in expected.items():
         status = gpu_check.main(["--dry-run", "--out", str(tmp_path), "--select", select])
         found = rows.read(tmp_path / "gpu_check.jsonl")
         assert status == 0, [row for row in found if gpu_check.is_failure(row)]
         measured = [row for row in found if row["kind"] == "generate"]
         assert measured and all(row["dry_run"] and row["config"] == "tiny" for row in measured)
-        assert {row["provider"] for row in measured} >= ({"patched", "sdpa"} if select == "decode: " else set(PROVIDERS))
+        assert {row["provider"] for row in measured} == providers
     assert gpu_check.is_failure({"kind": "generate", "status": "failed", "provider": "patched"})
     assert gpu_check.is_failure({"kind": "generate", "status": "wrong", "provider": "sdpa", "verified": False})
     assert not gpu_check.is_failure({"kind": "generate", "status": "cannot run", "provider": "eager", "verified": False})

@@ -136,6 +136,17 @@ def test_the_command_says_what_is_counted_and_what_is_modelled(tmp_path, capsys)
         assert found["modelled"]["worst_ms"] > found["modelled"]["best_ms"] > found["floor"]["ms"] > 0
 
 
+def test_what_was_counted_is_shown_when_stopped(tmp_path, monkeypatch, capsys):
+    def stopped(*args):
+        yield Phase("decode", 1024), "eager", Counter()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(roofline, "count", stopped)
+    monkeypatch.setattr(roofline, "interpreted", lambda: None)
+    assert roofline.main(["--config", "4b", "--json", str(tmp_path / "rows.json")]) == 130
+    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 1 and "decode 1024" in capsys.readouterr().out
+
+
 @needs_no_gpu
 @pytest.mark.parametrize("size", ["4b", "8b"])
 def test_the_committed_counts_are_those_of_this_code(size, counts):
