@@ -79,18 +79,23 @@ class FusedLinear:
         self.weight = None
 
 
-def can_fuse(layer: nn.Module) -> bool:
-    """Whether `layer` is nothing but a product with its weight."""
+def is_plain(layer: nn.Module) -> bool:
+    """Whether `layer` computes nothing but a product with its weight, and its bias, and nobody listens to it."""
     weight = layer._parameters.get("weight") if type(layer) is nn.Linear else None
     # A quantised weight is a tensor of another class in a parameter.
     return (
         (type(weight) is nn.Parameter or (weight is not None and is_fake(weight)))
-        and layer._parameters["bias"] is None
         and not has_hooks(layer)
         and "forward" not in layer.__dict__
-        and not weight.is_inference()
-        and weight.device.type != "meta"
     )
+
+
+def can_fuse(layer: nn.Module) -> bool:
+    """Whether the weight of `layer` may become a view of a larger one."""
+    if not is_plain(layer) or layer._parameters["bias"] is not None:
+        return False
+    weight = layer._parameters["weight"]
+    return not weight.is_inference() and weight.device.type != "meta"
 
 
 def _log_stale() -> None:

@@ -34,7 +34,7 @@ from llava15_kernels._dispatch import FLOAT_DTYPES, Backend, check_backend
 from llava15_kernels.flash_attn import MAX_HEAD_DIM
 
 from . import generation, text, vision
-from .graphs import DecodeGraphs
+from .graphs import GRAPHS, DecodeGraphs, Graphs
 from .modeling import (
     LlavaOnevision1_5ForConditionalGeneration,
     LlavaOnevision1_5Model,
@@ -78,6 +78,12 @@ class Target:
         """As the report calls it."""
         return ".".join(part for part in (self.path, self.attribute.removeprefix("forward")) if part)
 
+
+DECODE_GRAPHS = 2
+"""Graphs of the decode step that are kept; each holds the key/value storages of its batch."""
+
+VISION_GRAPHS = 4
+"""Graphs of the vision tower that are kept; each holds the activations of its images."""
 
 HEAD = ""
 _LAYER = "language_model.layers.*"
@@ -185,7 +191,8 @@ def patch(model: nn.Module, backend: Backend = "auto", *, cuda_graph: bool = Tru
         model: a `LlavaOnevision1_5ForConditionalGeneration` or `LlavaOnevision1_5Model`, or a module that holds one.
         backend: "triton" for the kernels, "torch" for their eager counterparts, "auto" for the kernels wherever they can
             run. A call that needs a gradient runs the original forward.
-        cuda_graph: on a GPU, replay the decode step as a CUDA graph from the third token of a request on.
+        cuda_graph: on a GPU, replay the decode step, and the vision tower on small images of sizes that come again, as CUDA
+            graphs.
 
     Returns:
         A handle with `report()`. Patching a patched model again changes nothing, or changes the backend.
@@ -203,7 +210,7 @@ def patch(model: nn.Module, backend: Backend = "auto", *, cuda_graph: bool = Tru
     for target, path, module in found:
         _check_untouched(target, path, module)
     language_model = _inner(root).language_model
-    graphs_on = text.GRAPHS in language_model.__dict__
+    graphs_on = GRAPHS in language_model.__dict__
     if (current := _sites(root)) and graphs_on == cuda_graph and all(site.backend == backend for site in current):
         return PatchHandle(model)
     unpatch(model)
@@ -212,7 +219,8 @@ def patch(model: nn.Module, backend: Backend = "auto", *, cuda_graph: bool = Tru
             if target.replacement is not None:
                 _install(target, path, module, backend)
         if cuda_graph:
-            language_model.__dict__[text.GRAPHS] = DecodeGraphs()
+            language_model.__dict__[GRAPHS] = DecodeGraphs(DECODE_GRAPHS)
+            _inner(root).visual.__dict__[GRAPHS] = Graphs(VISION_GRAPHS)
     except BaseException:
         unpatch(model)
         raise
@@ -226,8 +234,10 @@ def unpatch(model: nn.Module) -> None:
         TypeError: `model` holds no model that is known here.
     """
     root = _find_model(model)
-    text.release(_inner(root).language_model)
+    text.release_weights(_inner(root).language_model)
     for module in root.modules():
+        if (graphs := module.__dict__.pop(GRAPHS, None)) is not None:
+            graphs.clear()
         for attribute in module.__dict__.pop(SITES, {}):
             for slot in (attribute, "_old_forward"):
                 if _is_ours(module.__dict__.get(slot)):
@@ -245,7 +255,7 @@ def patched(model: nn.Module, backend: Backend = "auto", *, cuda_graph: bool = T
     """
     root = _find_model(model)
     before = {site.backend for site in _sites(root)}
-    graphs_before = text.GRAPHS in _inner(root).language_model.__dict__
+    graphs_before = GRAPHS in _inner(root).language_model.__dict__
     handle = patch(model, backend, cuda_graph=cuda_graph)
     try:
         yield handle
