@@ -59,7 +59,7 @@ class FusedLinear:
         try:
             # A parameter on an inference tensor could never be trained again.
             with torch.inference_mode(False), torch.no_grad():
-                self.weight = torch.cat(weights)
+                self.weight = side_by_side(weights)
                 for weight, part in zip(weights, self.weight.split([len(weight) for weight in weights]), strict=True):
                     weight.data = part
         except torch.OutOfMemoryError:
@@ -77,6 +77,11 @@ class FusedLinear:
                 with torch.inference_mode(False), torch.no_grad():
                     weight.data = weight.data.clone()
         self.weight = None
+
+
+def side_by_side(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[(N_i, K)] -> (sum of N_i, K)."""
+    return torch.cat(weights)
 
 
 def is_plain(layer: nn.Module) -> bool:
