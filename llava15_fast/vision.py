@@ -85,12 +85,8 @@ def run_blocks(
     def norm(layer: nn.LayerNorm, *x: torch.Tensor) -> Any:
         return layer_norm(x[0], layer.weight, layer.bias, layer.eps, *x[1:], backend=backend)
 
-    blocks = module.blocks
-    normed, residual = norm(blocks[0].norm1, hidden_states), hidden_states
-    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-        attention, mlp = block.attn, block.mlp
-        packed = attention.qkv(normed).view(-1, 3, attention.num_heads, attention.head_dim)
-        query, key, value = packed.unbind(1)
+    def attend(attention: nn.Module, normed: torch.Tensor) -> torch.Tensor:
+        query, key, value = attention.qkv(normed).view(-1, 3, attention.num_heads, attention.head_dim).unbind(1)
         if tables is None:
             query, key = vision_rope_2d(query, key, *angles, backend=backend)
         else:
@@ -99,8 +95,13 @@ def run_blocks(
             query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
             softmax_scale=attention.scaling, backend=backend,
         )  # fmt: skip
-        normed, residual = norm(block.norm2, attention.proj(attended.view(hidden_states.shape)), residual)
-        hidden_states = mlp.fc2(gelu(mlp.fc1(normed), backend=backend))
+        return attention.proj(attended.view(normed.shape))
+
+    blocks = module.blocks
+    normed, residual = norm(blocks[0].norm1, hidden_states), hidden_states
+    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        normed, residual = norm(block.norm2, attend(block.attn, normed), residual)
+        hidden_states = block.mlp.fc2(gelu(block.mlp.fc1(normed), backend=backend))
         if following is not None:
             normed, residual = norm(following.norm1, hidden_states, residual)
     return hidden_states + residual
