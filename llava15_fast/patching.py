@@ -218,6 +218,7 @@ def patch(model: nn.Module, backend: Backend = "auto", *, cuda_graph: bool = Tru
         for target, path, module in found:
             if target.replacement is not None:
                 _install(target, path, module, backend)
+        text.fuse_weights(language_model)
         if cuda_graph:
             language_model.__dict__[GRAPHS] = DecodeGraphs(DECODE_GRAPHS)
             _inner(root).visual.__dict__[GRAPHS] = Graphs(VISION_GRAPHS)

@@ -388,6 +388,15 @@ def project(module: nn.Module, names: tuple[str, ...], x: torch.Tensor) -> torch
     return fused(x, [module._modules[name] for name in names])
 
 
+def fuse_weights(module: nn.Module) -> None:
+    """Lays the weights of all layers of a text model side by side, where that is possible."""
+    for layer in module.layers:
+        for part, names in (("self_attn", QKV), ("mlp", GATE_UP)):
+            owner = getattr(layer, part)
+            fused = owner.__dict__[FUSED] = FusedLinear()
+            fused.prepare([owner._modules[name] for name in names])
+
+
 def release_weights(module: nn.Module) -> None:
     """Takes the fused weights of a text model apart."""
     for layer in module.layers:
