@@ -42,6 +42,7 @@ from .modeling import (
     LlavaOnevision1_5VisionBlock,
     LlavaOnevision1_5VisionMLP,
     LlavaOnevision1_5VisionModel,
+    LlavaOnevision1_5VisionPatchEmbed,
     LlavaOnevision1_5VisionPatchMerger,
     LlavaOnevision1_5VisionRotaryEmbedding,
 )
@@ -90,6 +91,14 @@ _LAYER = "language_model.layers.*"
 _BLOCK = "visual.blocks.*"
 
 TARGETS: tuple[Target, ...] = (
+    Target(
+        "visual",
+        LlavaOnevision1_5VisionModel,
+        ("pixel_values", "layout"),
+        vision.embed_patches,
+        ("layer_norm",),
+        attribute="embed_patches",
+    ),
     Target(
         "visual",
         LlavaOnevision1_5VisionModel,
@@ -145,6 +154,9 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target(f"{_BLOCK}.mlp", LlavaOnevision1_5VisionMLP, ("hidden_states",), None),
     *(Target(f"{_BLOCK}.{norm}", nn.LayerNorm, ("input",), None) for norm in ("norm1", "norm2")),
+    Target("visual.patch_embed", LlavaOnevision1_5VisionPatchEmbed, ("pixel_values",), None),
+    Target("visual.patch_embed.proj", nn.Conv2d, ("input",), None),
+    Target("visual.pre_layernorm", nn.LayerNorm, ("input",), None),
     Target("visual.merger", LlavaOnevision1_5VisionPatchMerger, ("hidden_states",), None),
     Target("visual.merger.ln_q", nn.LayerNorm, ("input",), None),
     Target(
