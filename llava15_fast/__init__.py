@@ -14,6 +14,7 @@ from .modeling import LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1
 from .patching import PatchError, PatchHandle, Report, patch, patched, unpatch
 from .processing import LlavaOnevision1_5Processor
 from .registration import register
+from .warm_up import warmup
 
 __version__ = "0.1.0"
 
@@ -39,4 +40,5 @@ __all__ = [
     "patch",
     "patched",
     "unpatch",
+    "warmup",
 ]

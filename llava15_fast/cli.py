@@ -1,4 +1,4 @@
-"""The command line: `llava15-fast demo` and `llava15-fast generate`.
+"""The command line: `llava15-fast demo`, `generate` and `warmup`.
 
 An answer goes to stdout, everything about it to stderr. A mistake is one line on stderr and exit status 2;
 LLAVA15_DEBUG=1 shows where it happened.
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="llava15-fast", description="LLaVA-OneVision-1.5 with hand-written Triton kernels.")
-    commands = parser.add_subparsers(required=True, metavar="demo | generate")
+    commands = parser.add_subparsers(required=True, metavar="demo | generate | warmup")
 
     demo = commands.add_parser(
         "demo",
@@ -80,6 +80,16 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     generate.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="the longest answer (default 256)")
     generate.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto", help="what the patched model runs")
     generate.set_defaults(run=_generate)
+
+    warmup = commands.add_parser(
+        "warmup",
+        help="compile the kernels of a checkpoint before the first request",
+        description="Loads a checkpoint, patches it and runs small requests of every kind, so that Triton's cache on disk "
+        "holds what a later process would have to wait for.",
+    )
+    warmup.add_argument("--model", required=True, metavar="DIR", help="a folder in the published format, or a repository")
+    warmup.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto", help="what the patched model runs")
+    warmup.set_defaults(run=_warmup)
     return parser.parse_args(argv)
 
 
@@ -168,6 +178,17 @@ def _generate(arguments: argparse.Namespace) -> int:
         verdict = "identical" if same else "DIFFERENT"
         print(f"unpatched: {plain.text!r} in {plain.seconds:.2f} s; token ids {verdict}", file=sys.stderr)
         return 0 if same else 1
+    return 0
+
+
+def _warmup(arguments: argparse.Namespace) -> int:
+    from . import patch, warmup
+
+    model, _ = load(arguments.model)
+    handle = patch(model, arguments.backend)
+    taken = warmup(model, lambda request, seconds: print(f"{seconds:7.2f} s  {request}", flush=True))
+    print(f"{sum(taken.values()):7.2f} s  in all", flush=True)
+    print(handle.report(), file=sys.stderr)
     return 0
 
 

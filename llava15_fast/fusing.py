@@ -7,6 +7,7 @@ loaded with `assign=True`; so it is looked at before every use, and made anew.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 
@@ -24,6 +25,7 @@ class FusedLinear:
 
     def __init__(self) -> None:
         self.weight: torch.Tensor | None = None
+        self.gave_up = False
 
     def __reduce__(self) -> tuple:
         """A copy or a pickle begins without a weight: its layers' parameters are its own."""
@@ -31,12 +33,17 @@ class FusedLinear:
 
     def __call__(self, x: torch.Tensor, layers: Sequence[nn.Module]) -> torch.Tensor:
         # torch.compile cannot look at storages, and fuses by itself what follows a product.
-        if not torch.compiler.is_compiling() and all(can_fuse(layer) for layer in layers):
-            if not self._is_current(layers):
-                self._fuse(layers)
-            if self.weight is not None:
-                return nn.functional.linear(x, self.weight)
+        if not torch.compiler.is_compiling() and self.prepare(layers):
+            return nn.functional.linear(x, self.weight)
         return torch.cat([layer(x) for layer in layers], dim=-1)
+
+    def prepare(self, layers: Sequence[nn.Module]) -> bool:
+        """Whether the fused weight is there and is that of the layers; made, if it is not."""
+        if self.gave_up or not all(can_fuse(layer) for layer in layers):
+            return False
+        if not self._is_current(layers):
+            self._fuse(layers)
+        return self.weight is not None
 
     def _is_current(self, layers: Sequence[nn.Module]) -> bool:
         if self.weight is None:
@@ -59,12 +66,12 @@ class FusedLinear:
         try:
             # A parameter on an inference tensor could never be trained again.
             with torch.inference_mode(False), torch.no_grad():
-                self.weight = torch.cat(weights)
+                self.weight = side_by_side(weights)
                 for weight, part in zip(weights, self.weight.split([len(weight) for weight in weights]), strict=True):
                     weight.data = part
         except torch.OutOfMemoryError:
-            self.weight = None
-            logger.warning("no memory to lay weights side by side: %d layers run one by one", len(layers))
+            self.weight, self.gave_up = None, True
+            _log_no_memory()
 
     def release(self, layers: Sequence[nn.Module]) -> None:
         """Gives every parameter that still is a view of the fused weight a storage of its own."""
@@ -79,19 +86,35 @@ class FusedLinear:
         self.weight = None
 
 
-def can_fuse(layer: nn.Module) -> bool:
-    """Whether `layer` is nothing but a product with its weight."""
+def side_by_side(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[(N_i, K)] -> (sum of N_i, K)."""
+    return torch.cat(weights)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether `layer` computes nothing but a product with its weight, and its bias, and nobody listens to it."""
     weight = layer._parameters.get("weight") if type(layer) is nn.Linear else None
     # A quantised weight is a tensor of another class in a parameter.
     return (
         (type(weight) is nn.Parameter or (weight is not None and is_fake(weight)))
-        and layer._parameters["bias"] is None
         and not has_hooks(layer)
         and "forward" not in layer.__dict__
-        and not weight.is_inference()
-        and weight.device.type != "meta"
     )
 
 
+def can_fuse(layer: nn.Module) -> bool:
+    """Whether the weight of `layer` may become a view of a larger one."""
+    if not is_plain(layer) or layer._parameters["bias"] is not None:
+        return False
+    weight = layer._parameters["weight"]
+    return not weight.is_inference() and weight.device.type != "meta"
+
+
+@functools.cache
+def _log_no_memory() -> None:
+    logger.warning("no memory to lay weights side by side: these layers run one by one")
+
+
+@functools.cache
 def _log_stale() -> None:
     logger.info("weights were copied, moved or replaced: laid side by side anew")

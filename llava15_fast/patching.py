@@ -34,7 +34,7 @@ from llava15_kernels._dispatch import FLOAT_DTYPES, Backend, check_backend
 from llava15_kernels.flash_attn import MAX_HEAD_DIM
 
 from . import generation, text, vision
-from .graphs import DecodeGraphs
+from .graphs import GRAPHS, DecodeGraphs, Graphs
 from .modeling import (
     LlavaOnevision1_5ForConditionalGeneration,
     LlavaOnevision1_5Model,
@@ -42,6 +42,7 @@ from .modeling import (
     LlavaOnevision1_5VisionBlock,
     LlavaOnevision1_5VisionMLP,
     LlavaOnevision1_5VisionModel,
+    LlavaOnevision1_5VisionPatchEmbed,
     LlavaOnevision1_5VisionPatchMerger,
     LlavaOnevision1_5VisionRotaryEmbedding,
 )
@@ -79,11 +80,25 @@ class Target:
         return ".".join(part for part in (self.path, self.attribute.removeprefix("forward")) if part)
 
 
+DECODE_GRAPHS = 2
+"""Graphs of the decode step that are kept; each holds the key/value storages of its batch."""
+
+VISION_GRAPHS = 4
+"""Graphs of the vision tower that are kept; each holds the activations of its images."""
+
 HEAD = ""
 _LAYER = "language_model.layers.*"
 _BLOCK = "visual.blocks.*"
 
 TARGETS: tuple[Target, ...] = (
+    Target(
+        "visual",
+        LlavaOnevision1_5VisionModel,
+        ("pixel_values", "layout"),
+        vision.embed_patches,
+        ("layer_norm",),
+        attribute="embed_patches",
+    ),
     Target(
         "visual",
         LlavaOnevision1_5VisionModel,
@@ -139,6 +154,9 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target(f"{_BLOCK}.mlp", LlavaOnevision1_5VisionMLP, ("hidden_states",), None),
     *(Target(f"{_BLOCK}.{norm}", nn.LayerNorm, ("input",), None) for norm in ("norm1", "norm2")),
+    Target("visual.patch_embed", LlavaOnevision1_5VisionPatchEmbed, ("pixel_values",), None),
+    Target("visual.patch_embed.proj", nn.Conv2d, ("input",), None),
+    Target("visual.pre_layernorm", nn.LayerNorm, ("input",), None),
     Target("visual.merger", LlavaOnevision1_5VisionPatchMerger, ("hidden_states",), None),
     Target("visual.merger.ln_q", nn.LayerNorm, ("input",), None),
     Target(
@@ -185,7 +203,8 @@ def patch(model: nn.Module, backend: Backend = "auto", *, cuda_graph: bool = Tru
         model: a `LlavaOnevision1_5ForConditionalGeneration` or `LlavaOnevision1_5Model`, or a module that holds one.
         backend: "triton" for the kernels, "torch" for their eager counterparts, "auto" for the kernels wherever they can
             run. A call that needs a gradient runs the original forward.
-        cuda_graph: on a GPU, replay the decode step as a CUDA graph from the third token of a request on.
+        cuda_graph: on a GPU, replay the decode step, and the vision tower on small images of sizes that come again, as CUDA
+            graphs.
 
     Returns:
         A handle with `report()`. Patching a patched model again changes nothing, or changes the backend.
@@ -203,7 +222,7 @@ def patch(model: nn.Module, backend: Backend = "auto", *, cuda_graph: bool = Tru
     for target, path, module in found:
         _check_untouched(target, path, module)
     language_model = _inner(root).language_model
-    graphs_on = text.GRAPHS in language_model.__dict__
+    graphs_on = GRAPHS in language_model.__dict__
     if (current := _sites(root)) and graphs_on == cuda_graph and all(site.backend == backend for site in current):
         return PatchHandle(model)
     unpatch(model)
@@ -211,8 +230,10 @@ def patch(model: nn.Module, backend: Backend = "auto", *, cuda_graph: bool = Tru
         for target, path, module in found:
             if target.replacement is not None:
                 _install(target, path, module, backend)
+        text.fuse_weights(language_model)
         if cuda_graph:
-            language_model.__dict__[text.GRAPHS] = DecodeGraphs()
+            language_model.__dict__[GRAPHS] = DecodeGraphs(DECODE_GRAPHS)
+            _inner(root).visual.__dict__[GRAPHS] = Graphs(VISION_GRAPHS)
     except BaseException:
         unpatch(model)
         raise
@@ -226,8 +247,10 @@ def unpatch(model: nn.Module) -> None:
         TypeError: `model` holds no model that is known here.
     """
     root = _find_model(model)
-    text.release(_inner(root).language_model)
+    text.release_weights(_inner(root).language_model)
     for module in root.modules():
+        if (graphs := module.__dict__.pop(GRAPHS, None)) is not None:
+            graphs.clear()
         for attribute in module.__dict__.pop(SITES, {}):
             for slot in (attribute, "_old_forward"):
                 if _is_ours(module.__dict__.get(slot)):
@@ -245,7 +268,7 @@ def patched(model: nn.Module, backend: Backend = "auto", *, cuda_graph: bool = T
     """
     root = _find_model(model)
     before = {site.backend for site in _sites(root)}
-    graphs_before = text.GRAPHS in _inner(root).language_model.__dict__
+    graphs_before = GRAPHS in _inner(root).language_model.__dict__
     handle = patch(model, backend, cuda_graph=cuda_graph)
     try:
         yield handle

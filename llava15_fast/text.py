@@ -28,20 +28,19 @@ from llava15_kernels import flash_attn_varlen_func, flash_attn_with_kvcache, qk_
 from llava15_kernels.flash_decode import MAX_ROWS
 from llava15_kernels.qk_norm_rope import norm_and_rotate, rope_tables, write_rows
 
-from .fusing import FusedLinear, can_fuse
-from .graphs import StepInputs
+from .fusing import FusedLinear, is_plain
+from .graphs import GRAPHS, Storages
 from .kv_cache import adopt
 from .refusal import refusal
 from .sites import site_of
 
 FUSED = "_llava15_fused"
-GRAPHS = "_llava15_graphs"
 QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = ("gate_proj", "up_proj")
 
-Storages = list[tuple[torch.Tensor, torch.Tensor]]
-"""Keys and values of every layer, each (B, capacity, kv_heads, head_dim)."""
+
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")
+"""Rotary embeddings whose frequencies do not depend on the input."""
 
 
 class LeftPadding(NamedTuple):
@@ -271,16 +270,19 @@ def _replay(module: nn.Module, embeds: torch.Tensor, layout: TextLayout, cache: 
     weights = _weight_addresses(module)
     if weights is None:
         return None
-    backend = site.backend_on(embeds.device)
+    batch, backend = embeds.shape[0], site.backend_on(embeds.device)
     storages = [layer.storages for layer in cache.layers]
+    # Rows that begin at multiples of 16 bytes: the kernels that read them are not compiled a second time.
+    numbers = torch.zeros(3, -(-batch // 4) * 4, dtype=torch.int32)
+    numbers[:, :batch] = torch.tensor(layout.numbers)
 
-    def step(inputs: StepInputs) -> torch.Tensor:
-        slots, seqlens, leftpad = inputs.rows
-        fixed = TextLayout(inputs.position_ids, slots=slots, cache_seqlens=seqlens, cache_leftpad=leftpad)
-        return run_layers(module, inputs.embeds, fixed, storages, backend)
+    def step(embeds: torch.Tensor, position_ids: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        slots, seqlens, leftpad = numbers[:, :batch].unbind()
+        fixed = TextLayout(position_ids, slots=slots[None], cache_seqlens=seqlens, cache_leftpad=leftpad)
+        return run_layers(module, embeds, fixed, storages, backend)
 
-    key = (backend, embeds.shape, embeds.dtype, *weights)
-    hidden_states = graphs.run(key, cache, embeds, layout.position_ids, layout.numbers, step)
+    key = (backend, embeds.shape, embeds.dtype, layout.position_ids.dtype, *weights)
+    hidden_states = graphs.run_on_cache(key, cache, (embeds, layout.position_ids, numbers), step, embeds.device)
     if hidden_states is not None:
         site.start(embeds.device, "CUDA graph")
     return hidden_states
@@ -293,7 +295,7 @@ def _weight_addresses(module: nn.Module) -> list[int] | None:
         attention, mlp = layer.self_attn, layer.mlp
         linears = [owner._modules[name] for owner, names in ((attention, QKV), (mlp, GATE_UP)) for name in names]
         linears += [attention.o_proj, mlp.down_proj]
-        if not all(can_fuse(part) for part in linears):
+        if not all(is_plain(part) and part._parameters["bias"] is None for part in linears):
             return None
         norms = [layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm]
         addresses += [part._parameters["weight"].data_ptr() for part in (*linears, *norms)]
@@ -319,11 +321,18 @@ def run_layers(
         norm, mlp = layer.post_attention_layernorm, layer.mlp
         attended = attend(module.config, layer.self_attn, normed, layout, rope, storages, embeds.shape[0], backend)
         normed, residual = rms_norm(attended, norm.weight, norm.variance_epsilon, residual, backend=backend)
-        x = mlp.down_proj(silu_and_mul(project(mlp, GATE_UP, normed), backend=backend))
+        x = mlp.down_proj(_gated(mlp, normed, backend))
         normed, residual = rms_norm(x, next_norm.weight, next_norm.variance_epsilon, residual, backend=backend)
     if layout.rows is None:
         return normed.view(embeds.shape)
     return normed.new_zeros(embeds.shape).flatten(0, 1).index_copy_(0, layout.rows, normed).view(embeds.shape)
+
+
+def _gated(mlp: nn.Module, normed: torch.Tensor, backend: str) -> torch.Tensor:
+    if backend == "torch" and len(normed) > 1:
+        # Halves of rows are slow to read for torch's elementwise loops, and products of many rows gain nothing side by side.
+        return nn.functional.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed)
+    return silu_and_mul(project(mlp, GATE_UP, normed), backend=backend)
 
 
 def attend(
@@ -379,10 +388,17 @@ def project(module: nn.Module, names: tuple[str, ...], x: torch.Tensor) -> torch
     return fused(x, [module._modules[name] for name in names])
 
 
-def release(module: nn.Module) -> None:
-    """Frees the graphs of a text model and takes its fused weights apart."""
-    if (graphs := module.__dict__.pop(GRAPHS, None)) is not None:
-        graphs.clear()
+def fuse_weights(module: nn.Module) -> None:
+    """Lays the weights of all layers of a text model side by side, where that is possible."""
+    for layer in module.layers:
+        for part, names in (("self_attn", QKV), ("mlp", GATE_UP)):
+            owner = getattr(layer, part)
+            fused = owner.__dict__[FUSED] = FusedLinear()
+            fused.prepare([owner._modules[name] for name in names])
+
+
+def release_weights(module: nn.Module) -> None:
+    """Takes the fused weights of a text model apart."""
     for layer in module.layers:
         for part, names in (("self_attn", QKV), ("mlp", GATE_UP)):
             owner = getattr(layer, part, None)

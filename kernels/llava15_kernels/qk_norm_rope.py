@@ -27,7 +27,7 @@ import triton.language as tl
 from ._dispatch import LAUNCH_OPTIONS, Backend, cdiv, choose_backend, device_guard, next_power_of_2, warps_for
 from .cost import Cost, declares_cost, nbytes
 from .flash_attn import MAX_HEAD_DIM
-from .norms import rms_norm_ref
+from .norms import rms_norm_torch
 
 
 @triton.jit
@@ -308,6 +308,10 @@ def qk_norm_rope(
         return torch.ops.llava15.qk_norm_rope(q, k, q_weight, k_weight, eps, position_ids, inv_freq, attention_scaling)
     if chosen == "torch":
         q, k = qk_norm_rope_ref(q, k, q_weight, k_weight, eps, position_ids, inv_freq, attention_scaling)
+        # A compiled graph cannot depend on values: there, a row outside is torch's error.
+        inside = (slot_mapping >= 0) & (slot_mapping < k_cache.shape[0])
+        if not torch.compiler.is_compiling() and not inside.all():
+            slot_mapping, k, v = (x[inside][None] for x in (slot_mapping, k, v))
         write_rows(k_cache, v_cache, slot_mapping, k, v)
         return q
     return torch.ops.llava15.qk_norm_rope_into_cache(
@@ -410,16 +414,13 @@ def norm_and_rotate(
         first, second = x.to(cos.dtype).chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
-    return rotate(rms_norm_ref(q, q_weight, eps)), rotate(rms_norm_ref(k, k_weight, eps))
+    return rotate(rms_norm_torch(q, q_weight, eps)), rotate(rms_norm_torch(k, k_weight, eps))
 
 
 def write_rows(
     k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> None:
-    """Keys and values (B, L, kv_heads, head_dim) into the rows `slot_mapping` of the caches, for the torch backend."""
-    rows, keys, values = slot_mapping.flatten().long(), k.flatten(0, 1), v.flatten(0, 1)
-    # A compiled graph cannot depend on values: there, a row outside is torch's error.
-    if not torch.compiler.is_compiling() and not (inside := (rows >= 0) & (rows < k_cache.shape[0])).all():
-        rows, keys, values = rows[inside], keys[inside], values[inside]
-    k_cache.index_copy_(0, rows, keys)
-    v_cache.index_copy_(0, rows, values)
+    """Keys and values (B, L, kv_heads, head_dim) into the rows `slot_mapping` of the caches, all of which exist."""
+    rows = slot_mapping.flatten().long()
+    k_cache.index_copy_(0, rows, k.flatten(0, 1))
+    v_cache.index_copy_(0, rows, v.flatten(0, 1))

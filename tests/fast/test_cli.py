@@ -50,6 +50,13 @@ def test_generate_compares(tmp_path):
     assert result.returncode == 0 and "token ids identical" in result.stderr and "rms_norm" in result.stderr
 
 
+def test_warmup_runs_every_kind_of_request(tmp_path):
+    result = run("warmup", "--model", str(CHECKPOINT), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert [line.split("s  ")[1].split(",")[0] for line in result.stdout.splitlines()][-2:] == ["two prompts", "in all"]
+    assert "original ran instead" in result.stderr and "language_model" in result.stderr
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16", "1"])
 def test_generate_takes_any_image_pillow_opens(tmp_path, mode):
     image = Image.new("RGB", (300, 200), (200, 30, 30))

@@ -49,3 +49,12 @@ def test_vision_tower_compiles_to_one_graph(patched, device):
             grid = torch.tensor([[1, h, w], [1, 2, w]], device=device)
             assert torch.equal(forward(pixels, layout), visual(pixels, grid_thw=grid).pooler_output)
     assert counter.frame_count <= 2
+
+
+def test_a_users_own_compile_of_the_whole_model(patched, golden):
+    """With a cache and with `generate`: graphs may break, answers may not."""
+    inputs = {key: value for key, value in golden["one_image"][0].items() if key != "labels"}
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = patched.generate(**inputs, **options)
+    patched.forward = torch.compile(patched.forward, backend="eager")
+    assert torch.equal(patched.generate(**inputs, **options), expected)

@@ -10,8 +10,8 @@ import torch
 
 import llava15_fast
 from llava15_fast import graphs as graphs_module
-from llava15_fast.graphs import LIMIT, DecodeGraphs
-from llava15_fast.text import GRAPHS
+from llava15_fast.graphs import GRAPHS, Graphs
+from llava15_fast.patching import DECODE_GRAPHS
 
 OPTIONS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -35,7 +35,7 @@ class Replayed:
 def patched(tiny, monkeypatch):
     if not torch.cuda.is_available():
         monkeypatch.setattr(graphs_module, "CapturedStep", Replayed)
-        monkeypatch.setattr(DecodeGraphs, "can_capture", staticmethod(lambda device: not torch.compiler.is_compiling()))
+        monkeypatch.setattr(Graphs, "can_capture", staticmethod(lambda device: not torch.compiler.is_compiling()))
     Replayed.captured = 0
     handle = llava15_fast.patch(tiny, "auto" if torch.cuda.is_available() else "torch")
     return tiny, handle
@@ -49,8 +49,8 @@ def prompts(golden):
     return prompt
 
 
-def replays(handle):
-    ran = next(row for row in handle.report().rows if row.path == "language_model").ran
+def replays(handle, path="language_model"):
+    ran = next(row for row in handle.report().rows if row.path == path).ran
     return sum(count for how, count in ran.items() if "CUDA graph" in how)
 
 
@@ -159,7 +159,7 @@ def test_the_number_of_graphs_is_bounded(patched, prompts):
     for batch in (1, 2, 3, 4):
         ids = model.generate(text.expand(batch, -1), max_new_tokens=5, **OPTIONS)
         assert (ids == ids[0]).all()
-    assert len(model.model.language_model.__dict__[GRAPHS].entries) == LIMIT
+    assert len(model.model.language_model.__dict__[GRAPHS].entries) == DECODE_GRAPHS
 
 
 def test_a_projection_of_another_kind_is_not_captured(patched, prompts):
@@ -210,7 +210,7 @@ def test_without_memory_for_a_graph_the_step_runs_without(patched, prompts, monk
     model, handle = patched
     monkeypatch.setattr(graphs_module.CapturedStep, "capture", fail)
     ids = model.generate(**prompts("text"), max_new_tokens=6, **OPTIONS)
-    assert replays(handle) == 0 and "no memory to capture" in caplog.text
+    assert replays(handle) == 0 and "no memory to capture a CUDA graph" in caplog.text
     assert torch.equal(ids, eager(model, prompts("text"), max_new_tokens=6))
 
 
@@ -222,3 +222,55 @@ def test_inference_mode_and_no_grad_share_a_graph(patched, prompts):
     gc.collect()
     ids = model.generate(**prompts("text"), max_new_tokens=5, **OPTIONS)
     assert torch.equal(ids, eager(model, prompts("text"), max_new_tokens=5))
+
+
+# The vision tower
+
+
+def features(model, prompt):
+    with torch.no_grad():
+        return model.model.visual(prompt["pixel_values"], grid_thw=prompt["image_grid_thw"]).pooler_output
+
+
+@pytest.mark.parametrize("case", ["one_image", "two_images"])
+def test_images_of_a_size_that_comes_again(patched, prompts, case):
+    model, handle = patched
+    prompt = prompts(case)
+    found = [features(model, prompt) for _ in range(4)]
+    assert replays(handle, "visual.encode") == 3
+    other = {**prompt, "pixel_values": prompt["pixel_values"].flip(0)}
+    changed = features(model, other)
+    llava15_fast.unpatch(model)
+    for output in found:
+        torch.testing.assert_close(output, features(model, prompt), rtol=0, atol=1e-4)
+    torch.testing.assert_close(changed, features(model, other), rtol=0, atol=1e-4)
+
+
+def test_one_graph_serves_all_grids_of_the_same_lengths(patched, prompts):
+    """Where a patch lies is an input: 4 x 6 and 6 x 4 patches are the same launches."""
+    model, handle = patched
+    pixels = torch.randn(24, 588, device=model.device)
+    prompt = [{"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, h, 24 // h]], device=model.device)} for h in (4, 6)]
+    found = [features(model, prompt[index]) for index in (0, 1, 0, 1)]
+    assert replays(handle, "visual.encode") == 3
+    llava15_fast.unpatch(model)
+    expected = [features(model, one) for one in prompt]
+    assert not torch.allclose(*expected)
+    for output, index in zip(found, (0, 1, 0, 1), strict=True):
+        torch.testing.assert_close(output, expected[index], rtol=0, atol=1e-4)
+
+
+def test_large_images_and_changed_weights_run_without_the_old_graph(patched, prompts, monkeypatch):
+    model, handle = patched
+    prompt = prompts("one_image")
+    for _ in range(3):
+        features(model, prompt)
+    model.load_state_dict({name: value * 1.1 for name, value in model.state_dict().items()}, assign=True)
+    found = features(model, prompt)
+    assert replays(handle, "visual.encode") == 2
+    monkeypatch.setattr("llava15_fast.vision.GRAPH_ROWS", 5)
+    features(model, prompt)
+    features(model, prompt)
+    assert replays(handle, "visual.encode") == 2
+    llava15_fast.unpatch(model)
+    torch.testing.assert_close(found, features(model, prompt), rtol=0, atol=1e-4)

@@ -1,0 +1,69 @@
+"""Compiles what a patched model will launch, before the first request has to wait for it.
+
+Triton compiles a kernel for each dtype and head_dim, for each number of runs that decoding splits the cache into, and for
+whether numbers are multiples of 16. The requests here pass through these; their sizes are the variants, not a workload. What is
+compiled stays in Triton's cache on disk (TRITON_CACHE_DIR), for every later process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+PROMPTS = (33, 600, 1700, 3500)
+"""Prompt lengths whose caches are split into different numbers of runs."""
+
+GRIDS = ((40, 40), (80, 80))
+"""Images of 560 x 560 and 1120 x 1120: with and without a CUDA graph."""
+
+
+def warmup(model: nn.Module, progress: Callable[[str, float], None] | None = None) -> dict[str, float]:
+    """Runs small requests of every kind on a patched `LlavaOnevision1_5ForConditionalGeneration`.
+
+    Args:
+        progress: called with each request and its seconds as soon as it is done.
+
+    Returns:
+        request -> seconds it took.
+    """
+    taken = {}
+    with torch.inference_mode():
+        for request, inputs in _requests(model):
+            start = time.perf_counter()
+            model.generate(**inputs)  # ends on the host, so the device has finished
+            taken[request] = time.perf_counter() - start
+            if progress is not None:
+                progress(request, taken[request])
+    return taken
+
+
+def _requests(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
+    config, device = model.config, model.device
+    greedy: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    longest = config.text_config.max_position_embeddings - 4
+    for length in PROMPTS:
+        if length <= longest:
+            ids = torch.ones(1, length, dtype=torch.long, device=device)
+            yield f"text, {length} tokens", {"input_ids": ids, **greedy}
+    for h, w in GRIDS:
+        tokens = h * w // model.model.visual.spatial_merge_size**2
+        if tokens + 8 > longest:
+            continue
+        width = config.vision_config.in_channels * config.vision_config.patch_size**2
+        ids = torch.ones(1, tokens + 8, dtype=torch.long, device=device)
+        ids[0, 4 : 4 + tokens] = config.image_token_id
+        inputs = {
+            "input_ids": ids,
+            "pixel_values": torch.zeros(h * w, width, dtype=model.dtype, device=device),
+            "image_grid_thw": torch.tensor([[1, h, w]], device=device),
+        }
+        for again in ("", ", again"):
+            yield f"an image of {tokens} tokens{again}", {**inputs, **greedy}
+    batch = torch.ones(2, 33, dtype=torch.long, device=device)
+    mask = torch.ones_like(batch)
+    mask[0, :5] = 0
+    yield "two prompts, padded", {"input_ids": batch, "attention_mask": mask, **greedy}

@@ -1,0 +1,96 @@
+"""What goes wrong in the middle of a call is reported as it is, and the next call answers correctly."""
+
+import pytest
+import torch
+
+import llava15_fast
+from llava15_fast import fusing, kv_cache, text
+from llava15_kernels import flash_attn_with_kvcache
+
+OPTIONS = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture
+def prompt(golden):
+    return {key: value for key, value in golden["one_image"][0].items() if key != "labels"}
+
+
+def fails_at(function, call, error):
+    """`function`, which raises `error` at its `call`th call and never again."""
+    calls = iter(range(10**9))
+
+    def failing(*args, **kwargs):
+        if next(calls) == call:
+            raise error
+        return function(*args, **kwargs)
+
+    return failing
+
+
+@pytest.mark.parametrize("call", [0, 1, 5])
+def test_no_memory_for_the_cache(tiny, prompt, monkeypatch, call):
+    expected = tiny.generate(**prompt, **OPTIONS)
+    llava15_fast.patch(tiny, "torch")
+    monkeypatch.setattr(kv_cache, "capacity_for", fails_at(lambda tokens: tokens + 1, call, torch.OutOfMemoryError("full")))
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        tiny.generate(**prompt, **OPTIONS)
+    assert torch.equal(tiny.generate(**prompt, **OPTIONS), expected)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no such kernel"), KeyboardInterrupt(), torch.OutOfMemoryError("full")], ids=repr
+)
+@pytest.mark.parametrize("call", [0, 4, 11])
+def test_an_error_in_the_middle_of_decoding(tiny, prompt, monkeypatch, call, error):
+    expected = tiny.generate(**prompt, **OPTIONS)
+    llava15_fast.patch(tiny, "torch")
+    monkeypatch.setattr(text, "flash_attn_with_kvcache", fails_at(flash_attn_with_kvcache, call, error))
+    with pytest.raises(type(error)):
+        tiny.generate(**prompt, **OPTIONS)
+    assert torch.equal(tiny.generate(**prompt, **OPTIONS), expected)
+
+
+def test_a_cache_goes_on_after_a_failed_step(tiny, prompt, monkeypatch):
+    """What a step wrote before it failed does not count."""
+    llava15_fast.patch(tiny, "torch")
+    step = torch.tensor([[7]], device=tiny.device)
+    with torch.no_grad():
+        cache = tiny(**prompt, use_cache=True).past_key_values
+        length = cache.get_seq_length()
+        monkeypatch.setattr(text, "flash_attn_with_kvcache", fails_at(flash_attn_with_kvcache, 1, RuntimeError("no")))
+        with pytest.raises(RuntimeError, match="no"):
+            tiny(input_ids=step, past_key_values=cache)
+        assert cache.get_seq_length() == length
+        again = tiny(input_ids=step, past_key_values=cache).logits
+        fresh = tiny(**prompt, use_cache=True).past_key_values
+        assert torch.equal(again, tiny(input_ids=step, past_key_values=fresh).logits)
+
+
+def test_no_memory_to_fuse_weights(tiny, prompt, monkeypatch, caplog):
+    expected = tiny.generate(**prompt, **OPTIONS)
+    fusing._log_no_memory.cache_clear()
+
+    def full(weights):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(fusing, "side_by_side", full)
+    handle = llava15_fast.patch(tiny, "torch")
+    assert torch.equal(tiny.generate(**prompt, **OPTIONS), expected)
+    assert not any(row.fallbacks for row in handle.report().rows) and "run one by one" in caplog.text
+
+
+def test_a_prompt_longer_than_the_model_knows(tiny):
+    """As eager: positions go on, transformers warns."""
+    tiny.config.text_config.max_position_embeddings = 16
+    ids = torch.randint(5, 480, (1, 40), device=tiny.device)
+    expected = tiny.generate(ids, **OPTIONS)
+    llava15_fast.patch(tiny, "torch")
+    assert torch.equal(tiny.generate(ids, **OPTIONS), expected)
+
+
+def test_a_cache_of_other_prompts_is_named(tiny, prompt):
+    llava15_fast.patch(tiny, "torch")
+    with torch.no_grad():
+        cache = tiny(**prompt, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="the cache holds 1 prompts, but the input has 3"):
+            tiny(input_ids=torch.ones(3, 1, dtype=torch.long, device=tiny.device), past_key_values=cache)
