@@ -248,6 +248,7 @@ def section(evidence: Evidence) -> str:
     def picture(name: str, words: str) -> list[str]:
         return [f"![{words}]({(PLOTS / name).as_posix()}.png)"] if PICTURES[name].has_data(evidence) else []
 
+    threads = f", float32, threads: {evidence.cpu['threads']}" if evidence.cpu else ""
     blocks = [
         BEGIN,
         "Each number is *measured* (a committed, verified run on the device that is named), *counted* (operators of a forward "
@@ -270,7 +271,7 @@ def section(evidence: Evidence) -> str:
         *picture("attention", "Attention in TFLOP/s by length, measured and published"),
         memory_table(evidence),
         *picture("memory", "Kernels bound by memory as a share of a copy, measured"),
-        "**Without a GPU**, the torch backend against the unpatched model, random weights, one thread:",
+        "**Without a GPU**, the torch backend against the unpatched model, random weights" + threads + ":",
         cpu_table(evidence),
         *picture("cpu", "Patched over unpatched time on a CPU, measured"),
         "To repeat: `PYTHONPATH=kernels python -m benchmarks.gpu_check --out DIR` (under 9 minutes, one GPU), `python -m "
@@ -442,7 +443,7 @@ def cpu_picture(evidence: Evidence) -> Figure:
     rows = evidence.cpu["rows"]
     cases = list(dict.fromkeys(row["case"] for row in rows))
     sizes = list(dict.fromkeys(row["size"] for row in rows))
-    figure, axes = new_figure(0.8 + 0.36 * len(cases))
+    figure, axes = new_figure(0.8 + 0.48 * len(cases))
     for offset, (size, color) in enumerate(zip(sizes, (OURS, OTHERS[0]), strict=False)):
         found = {row["case"]: row for row in rows if row["size"] == size}
         y = [index + 0.3 * offset - 0.15 for index in range(len(cases))]
