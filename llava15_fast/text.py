@@ -331,7 +331,10 @@ def run_layers(
 def _gated(mlp: nn.Module, normed: torch.Tensor, backend: str) -> torch.Tensor:
     if backend == "torch" and len(normed) > 1:
         # Halves of rows are slow to read for torch's elementwise loops, and products of many rows gain nothing side by side.
-        return nn.functional.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed)
+        gate, up = mlp.gate_proj(normed), mlp.up_proj(normed)
+        if is_plain(mlp.gate_proj):  # nobody else holds its output
+            return nn.functional.silu(gate, inplace=True).mul_(up)
+        return nn.functional.silu(gate) * up
     return silu_and_mul(project(mlp, GATE_UP, normed), backend=backend)
 
 

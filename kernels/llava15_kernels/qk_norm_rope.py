@@ -393,9 +393,10 @@ def qk_norm_rope_ref(
 def rope_tables(
     position_ids: torch.Tensor, inv_freq: torch.Tensor, attention_scaling: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (B or 1, L, 1, head_dim / 2), the same for every layer."""
+    """cos and sin of cat(angles, angles), each (B or 1, L, 1, head_dim), the same for every layer."""
     wide = torch.promote_types(inv_freq.dtype, torch.float32)
     angles = (position_ids[..., None].to(wide) * inv_freq.to(wide))[:, :, None]
+    angles = torch.cat([angles, angles], dim=-1)
     return angles.cos() * attention_scaling, angles.sin() * attention_scaling
 
 
@@ -411,8 +412,10 @@ def norm_and_rotate(
     """`qk_norm_rope_ref` with the tables made before."""
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
-        first, second = x.to(cos.dtype).chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+        x, dtype = x.to(cos.dtype), x.dtype
+        first, second = x.chunk(2, dim=-1)
+        # Whole rows at a time: torch's elementwise loops are slow on halves.
+        return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(dtype)
 
     return rotate(rms_norm_torch(q, q_weight, eps)), rotate(rms_norm_torch(k, k_weight, eps))
 
