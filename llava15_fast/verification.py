@@ -9,8 +9,8 @@ The rule for a part is that of the kernels' tests, for its largest error and for
     16 bit     ours <= 2 eager's + what two roundings to that dtype cost
     float32    ours / largest value <= max(1e-5, 2 eager's / largest value)
 
-Token ids have to be eager's in float32. In 16 bit, where two attention implementations of transformers disagree as well, another
-token is allowed only where eager's two best logits are closer than twice eager's own distance from the reference.
+Token ids have to be eager's in float32. In 16 bit, where two attention implementations of transformers disagree as well,
+another token is allowed only where eager's two best logits are closer than twice eager's own distance from the reference.
 
 The reference is float32, for a float32 model float64. It takes no second model: one block at a time is brought to that
 precision, so that beside the model there is one block, or the language head, in twice the bytes, and three times the logits of
