@@ -100,6 +100,27 @@ def test_the_reference_is_the_model_in_higher_precision(endless, golden, dtype):
     assert float((found - expected).abs().max() / expected.abs().max()) < 3e-6
 
 
+def test_the_reference_holds_one_block_at_a_time(endless, golden, monkeypatch):
+    """What is cast at once is never more than the largest block, and nothing is left when the forward is over."""
+    inputs = inputs_of(golden, "two_images")
+    endless.half()
+    held, on = [], verification._Cast.on
+
+    def watched(self, *args):
+        on(self, *args)
+        held.append(sum(p.numel() for p in endless.parameters() if p.dtype == torch.float32))
+
+    monkeypatch.setattr(verification._Cast, "on", watched)
+    monkeypatch.setattr(verification._Cast, "__enter__", watched)
+    assert verify(endless, inputs, max_new_tokens=2, backend="torch").ok
+    visual, language = endless.model.visual, endless.model.language_model
+    # A layer is compared together with the norm that follows it.
+    layer = sum(p.numel() for p in language.layers[0].parameters()) + language.norm.weight.numel()
+    blocks = [visual.patch_embed, visual.merger, *visual.blocks, endless.lm_head]
+    assert max(held) <= max(layer, *(sum(p.numel() for p in block.parameters()) for block in blocks))
+    assert {p.dtype for p in endless.parameters()} == {torch.float16}
+
+
 def scaled(function, factor):
     def call(*args, **kwargs):
         result = function(*args, **kwargs)
