@@ -5,6 +5,7 @@ handle = llava15_fast.patch(model)       # this instance runs the kernels
 model.generate(**inputs)                 # the same answer
 print(handle.report())                   # what ran where, and why not
 llava15_fast.unpatch(model)              # as before
+print(llava15_fast.verify(model, inputs)) # patched against eager and higher precision, as numbers
 """
 
 import llava15_kernels
@@ -14,6 +15,7 @@ from .modeling import LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1
 from .patching import PatchError, PatchHandle, Report, patch, patched, unpatch
 from .processing import LlavaOnevision1_5Processor
 from .registration import register
+from .verification import Verification, verify
 from .warm_up import warmup
 
 __version__ = "0.1.0"
@@ -37,8 +39,10 @@ __all__ = [
     "PatchError",
     "PatchHandle",
     "Report",
+    "Verification",
     "patch",
     "patched",
     "unpatch",
+    "verify",
     "warmup",
 ]
