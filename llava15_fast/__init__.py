@@ -10,6 +10,7 @@ llava15_fast.unpatch(model)              # as before
 import llava15_kernels
 
 from .configuration import LlavaOnevision1_5Config, LlavaOnevision1_5TextConfig, LlavaOnevision1_5VisionConfig
+from .enabling import disable, enable
 from .modeling import LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model, LlavaOnevision1_5VisionModel
 from .patching import PatchError, PatchHandle, Report, patch, patched, unpatch
 from .processing import LlavaOnevision1_5Processor
@@ -37,6 +38,8 @@ __all__ = [
     "PatchError",
     "PatchHandle",
     "Report",
+    "disable",
+    "enable",
     "patch",
     "patched",
     "unpatch",
