@@ -35,8 +35,9 @@ def read_image(source: ImageSource, channels: str | None = None) -> Image.Image:
     """An upright 8-bit RGB image of a path, an address, base64 text, a Pillow image, or an array.
 
     Args:
-        source: arrays are (h, w), (h, w, c) or (c, h, w) with one, three or four channels. Booleans are black and white, floats
-            up to 1 count from 0 to 1; other values count from 0 to 255, or to 65535 if one is above 255. Transparency is dropped.
+        source: arrays are (h, w), (h, w, c) or (c, h, w) with one, three or four channels. Booleans are black and white;
+            floats up to 1 count from 0 to 1, other values from 0 to 255, or to 65535 if one is above 255. Transparency is
+            dropped.
         channels: "channels_first" or "channels_last", for an array whose shape does not tell.
 
     Raises:
@@ -61,7 +62,9 @@ def read_image(source: ImageSource, channels: str | None = None) -> Image.Image:
         if image.mode.startswith("I") or image.mode == "F":
             # Pillow's own conversion clips 16-bit values at 255, which turns most such images white.
             image = Image.fromarray(_to_8_bit(np.asarray(image)))
-        return image.convert("RGB")
+        image = image.convert("RGB")
+        image.info.pop("transparency", None)  # transformers would paint that colour white
+        return image
     except FileNotFoundError:
         raise ValueError(f"no image file {name}") from None
     except UnidentifiedImageError:
@@ -79,7 +82,7 @@ def _from_array(array: np.ndarray | torch.Tensor, channels: str | None) -> Image
         array = array.detach().to("cpu", torch.float32 if array.dtype == torch.bfloat16 else array.dtype).numpy()
     if 0 in array.shape:
         raise ValueError(f"an image array of shape {array.shape} holds no pixels")
-    counts = (1, 3, 4)
+    counts, shape = (1, 3, 4), array.shape
     first, last = array.ndim == 3 and array.shape[0] in counts, array.ndim == 3 and array.shape[-1] in counts
     if first and last and channels is None:
         raise ValueError(
@@ -89,9 +92,11 @@ def _from_array(array: np.ndarray | torch.Tensor, channels: str | None) -> Image
     if array.ndim == 3 and (first if channels is None else str(channels).endswith("first")):
         array = np.moveaxis(array, 0, -1)
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in counts):
-        raise ValueError(f"an image array has shape {array.shape}, expected (h, w), (h, w, c) or (c, h, w) with c 1, 3 or 4")
+        raise ValueError(f"an image array has shape {shape}, expected (h, w), (h, w, c) or (c, h, w) with c 1, 3 or 4")
     array = _to_8_bit(array)
-    return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array[..., :3])
+    if array.ndim == 3:
+        array = array[..., 0] if array.shape[-1] == 1 else array[..., :3]
+    return Image.fromarray(array)
 
 
 def _to_8_bit(values: np.ndarray) -> np.ndarray:
@@ -101,7 +106,7 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
         return values * np.uint8(255)
     if values.dtype.kind not in "iuf":
         raise ValueError(f"an image array has dtype {values.dtype}, expected booleans, integers or floats")
-    low, high = values.min(), values.max()
+    low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= 65535):  # nor NaN
         raise ValueError(f"an image array has values from {low} to {high}, expected 0 to 1, to 255 or to 65535")
     scale = 65535.0 if high > 255 else 1.0 if high <= 1 and values.dtype.kind == "f" else 255.0
@@ -256,9 +261,7 @@ class LlavaOnevision1_5Processor(ProcessorMixin):
             options["size"] = limits
         # One call per image: the arrays of one call must agree in where their channels are, files need not.
         # Where an array's channels are is known by now, unless it goes on as it is.
-        features = [
-            self.image_processor(image, return_tensors="np", **_without_format(options, image)) for image in images
-        ]
+        features = [self.image_processor(image, return_tensors="np", **_without_format(options, image)) for image in images]
         return (
             np.concatenate([feature["pixel_values"] for feature in features]),
             np.concatenate([feature["image_grid_thw"] for feature in features]),
