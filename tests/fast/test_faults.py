@@ -104,7 +104,7 @@ def test_arrays(processor, size):
         "uint8": rgb,
         "uint16": rgb.astype(np.uint16) * 257,
         "int64": rgb.astype(np.int64),
-        "big-endian": rgb.astype(">u2") * np.uint16(257),
+        "big-endian": (rgb.astype(np.uint16) * 257).astype(">u2"),
         "float": rgb.astype(np.float32),
         "float to 1": rgb / 255,
         "half to 1": (rgb / 255).astype(np.float16),
