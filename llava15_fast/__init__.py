@@ -11,6 +11,7 @@ print(llava15_fast.verify(model, inputs)) # patched against eager and higher pre
 import llava15_kernels
 
 from .configuration import LlavaOnevision1_5Config, LlavaOnevision1_5TextConfig, LlavaOnevision1_5VisionConfig
+from .enabling import disable, enable
 from .modeling import LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model, LlavaOnevision1_5VisionModel
 from .patching import PatchError, PatchHandle, Report, patch, patched, unpatch
 from .processing import LlavaOnevision1_5Processor
@@ -40,6 +41,8 @@ __all__ = [
     "PatchHandle",
     "Report",
     "Verification",
+    "disable",
+    "enable",
     "patch",
     "patched",
     "unpatch",
