@@ -376,7 +376,8 @@ def test_several_turns_on_the_returned_cache(tiny, golden, case, options):
 
     expected, found, handle = both(tiny, talk)
     assert_same(found, expected)
-    assert not language_model(handle).fallbacks
+    if "prompt_lookup_num_tokens" not in options:  # transformers 5.17 feeds the prompt twice there, with a mask for one
+        assert not language_model(handle).fallbacks
 
 
 def test_one_prefix_and_several_questions(tiny, golden):
