@@ -195,6 +195,28 @@ def test_beams_stay_in_their_storage():
     assert addresses(cache) == before
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache: cache.crop(-3),
+        lambda cache: cache.reorder_cache(torch.tensor([1, 1])),
+        lambda cache: cache.reset(),
+        lambda cache: cache.batch_select_indices(torch.tensor([1, 0])),
+    ],
+    ids=["crop", "reorder", "reset", "select"],
+)
+def test_what_was_read_before_does_not_change(change):
+    """Keys and values that someone keeps are theirs, as with transformers' own cache."""
+    cache = adopted()
+    update([cache], 2, 5)
+    kept = [pair[:2] for pair in cache]
+    expected = copy.deepcopy(kept)
+    change(cache)
+    update([cache], 2, 4)
+    for pair, wanted in zip(kept, expected, strict=True):
+        assert torch.equal(pair[0], wanted[0]) and torch.equal(pair[1], wanted[1])
+
+
 def test_reset_and_again_with_other_prompts():
     cache = adopted()
     update([cache], 2, 5)
