@@ -13,9 +13,11 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import (
     DynamicCache,
+    EosTokenCriteria,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     PreTrainedTokenizerFast,
     StaticCache,
     StoppingCriteria,
@@ -61,6 +63,12 @@ def prompts(golden):
         **images,
         "text": cut("text", 0, 4),
         "texts": cut("text_batch_left_pad", 2, 6),
+        "right_padded": {name: value.flip(-1) for name, value in cut("text_batch_left_pad", 2, 6).items()},
+        "one_empty": {
+            **cut("text_batch_left_pad", 2, 6),
+            "attention_mask": cut("text_batch_left_pad", 2, 6)["attention_mask"] * torch.tensor([[1], [0]]),
+        },
+        "padded": {name: value[1:] for name, value in cut("text_batch_left_pad", 1, 6).items()},
         "one_token": cut("text", 0, 1),
         "repeating": {name: value.repeat(1, 3) for name, value in cut("text", 0, 2).items()},
     }
@@ -146,6 +154,8 @@ SAME_ANSWER = {
     # Prompts
     "text": ("text", {}),
     "batch of texts, left-padded": ("texts", {}),
+    "batch of texts, right-padded": ("right_padded", {}),
+    "batch of texts, one of them nothing but padding": ("one_empty", {}),
     "one image": ("one_image", {}),
     "two images": ("two_images", {}),
     "video": ("video", {}),
@@ -188,12 +198,17 @@ SAME_ANSWER = {
     "cache_implementation=dynamic": ("text", {"cache_implementation": "dynamic"}),
     "cache_implementation=static": ("texts", {"cache_implementation": "static"}),
     "prefill_chunk_size": ("repeating", {"prefill_chunk_size": 4}),
+    "prefill_chunk_size, left-padded": ("padded", {"prefill_chunk_size": 2}),
 }
 
 OTHER_ANSWER = {
     "max_new_tokens=1": ("text", {"max_new_tokens": 1}),
     "max_new_tokens=1, image": ("one_image", {"max_new_tokens": 1}),
     "max_length": ("text", {"max_new_tokens": None, "max_length": 7}),
+    "max_length without bound, eos_token_id": (
+        "text",
+        lambda call: {"max_new_tokens": None, "max_length": int(1e30), "eos_token_id": call.answer[0, 2].item()},
+    ),
     "max_time=0": ("text", {"max_time": 0.0}),
     # Sampling
     "do_sample": ("text", SAMPLE),
@@ -252,6 +267,14 @@ OTHER_ANSWER = {
         "texts",
         lambda call: {"stopping_criteria": StoppingCriteriaList([After(call.seen, 2)]), "eos_token_id": 511},
     ),
+    "stopping_criteria, EosTokenCriteria": (
+        "texts",
+        lambda call: {"stopping_criteria": StoppingCriteriaList([EosTokenCriteria(call.answer[:, 1].tolist())])},
+    ),
+    "stopping_criteria, several MaxLengthCriteria": (
+        "text",
+        {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(7), MaxLengthCriteria(6)])},
+    ),
     "streamer, do_sample, eos_token_id": (
         "one_image",
         lambda call: {**SAMPLE, "streamer": Streamer(call.seen), "eos_token_id": SOME},
@@ -283,7 +306,14 @@ OTHER_ANSWER = {
 }
 
 SLOWER = {"output_hidden_states", "output_attentions"}
-"""Rows for which the original runs; those with a static cache may."""
+"""Rows for which the original runs."""
+
+MAY_BE_SLOWER = {
+    *(row for row in (*SAME_ANSWER, *OTHER_ANSWER) if "static" in row.lower()),
+    "batch of texts, right-padded",
+    "batch of texts, one of them nothing but padding",
+    "prefill_chunk_size, left-padded",
+}
 
 
 def run(call, options):
@@ -332,7 +362,7 @@ def test_generate(tiny, prompts, patch, row):
     model = next(row for row in handle.report().rows if row.path == "language_model")
     if row in SLOWER:
         assert model.fallbacks and not model.ran
-    elif "static" not in row.lower():
+    elif row not in MAY_BE_SLOWER:
         assert model.ran and not model.fallbacks
 
 
@@ -376,7 +406,8 @@ def test_several_turns_on_the_returned_cache(tiny, golden, case, options):
 
     expected, found, handle = both(tiny, talk)
     assert_same(found, expected)
-    assert not language_model(handle).fallbacks
+    if "prompt_lookup_num_tokens" not in options:  # transformers 5.17 feeds the prompt twice there, with a mask for one
+        assert not language_model(handle).fallbacks
 
 
 def test_one_prefix_and_several_questions(tiny, golden):
@@ -396,6 +427,19 @@ def test_one_prefix_and_several_questions(tiny, golden):
 
     expected, found, _ = both(tiny, ask)
     assert_same(found, expected)
+
+
+def test_a_cache_that_holds_more_than_the_prompt(tiny, golden):
+    """Nothing to rely on, but no reason to differ: the mask that transformers makes is shorter than the cache then."""
+    other = torch.arange(5, 25, device=tiny.device)[None]
+
+    def generate(model):
+        with torch.no_grad():
+            cache = model(other, past_key_values=DynamicCache()).past_key_values
+        return model.generate(**prompt_of(golden), past_key_values=cache, **PLAIN)
+
+    expected, found, _ = both(tiny, generate)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["patched-first", "unpatched-first"])

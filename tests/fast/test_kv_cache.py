@@ -1,0 +1,332 @@
+"""The preallocated cache is a `DynamicCache`: fed with the same updates, both hold the same bits after every operation."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache, Qwen3Config, StaticCache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from llava15_fast import kv_cache
+from llava15_fast.kv_cache import PreallocatedLayer, adopt
+
+LAYERS, HEADS, HEAD_DIM = 2, 2, 4
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(kv_cache, "BLOCK", 8)
+    monkeypatch.setattr(kv_cache, "HEADROOM", 2)
+
+
+def states(batch, tokens):
+    return torch.randn(batch, HEADS, tokens, HEAD_DIM)
+
+
+def adopted(cache=None):
+    cache = DynamicCache() if cache is None else cache
+    assert adopt(cache, LAYERS)
+    return cache
+
+
+def update(caches, batch, tokens):
+    """The same random keys and values for all caches, which return the same."""
+    for layer in range(LAYERS):
+        keys, values = states(batch, tokens), states(batch, tokens)
+        first, *others = (cache.update(keys, values, layer) for cache in caches)
+        for other in others:
+            assert torch.equal(first[0], other[0]) and torch.equal(first[1], other[1])
+
+
+def write_in_place(cache, keys, values, layer):
+    """As the kernels fill a layer."""
+    layer, (batch, _, tokens, _) = cache.layers[layer], keys.shape
+    past = layer.get_seq_length()
+    layer.reserve(past + tokens, batch, HEADS, HEAD_DIM, keys.dtype, keys.device)
+    for storage, new in zip(layer.storages, (keys, values), strict=True):
+        storage[:, past : past + tokens] = new.transpose(1, 2)
+    layer.advance(tokens)
+
+
+def assert_equal(ours, stock):
+    assert ours.get_seq_length() == stock.get_seq_length()
+    assert ours.get_mask_sizes(3, 0) == stock.get_mask_sizes(3, 0)
+    assert not ours.is_compileable and ours.is_croppable and not any(ours.is_sliding)
+    if stock.get_seq_length():
+        for (keys, values, *rest), (their_keys, their_values, *their_rest) in zip(ours, stock, strict=True):
+            assert torch.equal(keys, their_keys) and torch.equal(values, their_values) and rest == their_rest
+
+
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from(["update", "write", "crop", "repeat"]), st.integers(1, 20)),
+        st.tuples(st.sampled_from(["reorder", "select"]), st.lists(st.integers(0, 99), min_size=1, max_size=4)),
+        st.tuples(st.sampled_from(["reset", "deepcopy", "pickle", "adopt"]), st.none()),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(operations, st.integers(1, 3), st.integers(0, 2**32 - 1))
+@settings(max_examples=150, deadline=None)
+def test_any_sequence_of_operations(operations, batch, seed):
+    torch.manual_seed(seed)
+    first_batch = batch
+    ours, stock = adopted(), DynamicCache()
+    for name, number in operations:
+        length = stock.get_seq_length()
+        if name == "update":
+            update([ours, stock], batch, number)
+        elif name == "write":
+            for layer in range(LAYERS):
+                keys, values = states(batch, number), states(batch, number)
+                write_in_place(ours, keys, values, layer)
+                stock.update(keys, values, layer)
+        elif name == "reset":
+            ours.reset()
+            stock, batch = DynamicCache(), first_batch  # what a reset means: transformers 5.17 zeroes instead
+        elif name in ("deepcopy", "pickle"):
+            before = ours
+            ours = copy.deepcopy(ours) if name == "deepcopy" else pickle.loads(pickle.dumps(ours))
+            update([before], batch, 3)  # goes its own way from now on
+        elif name == "adopt":
+            assert adopt(ours, LAYERS)
+        elif not length:
+            continue
+        elif name == "crop":
+            for cache in (ours, stock):
+                cache.crop(-min(number, length - 1))
+        elif name == "repeat":
+            if batch * (repeats := 1 + number % 2) <= 6:
+                batch *= repeats
+                for cache in (ours, stock):
+                    cache.batch_repeat_interleave(repeats)
+        elif name == "reorder":
+            chosen = torch.tensor([number[row % len(number)] % batch for row in range(batch)])
+            for cache in (ours, stock):
+                cache.reorder_cache(chosen)
+        elif name == "select":
+            chosen = torch.tensor([row % batch for row in number])
+            batch = len(chosen)
+            for cache in (ours, stock):
+                cache.batch_select_indices(chosen)
+        assert_equal(ours, stock)
+
+
+def addresses(cache):
+    return [storage.data_ptr() for layer in cache.layers for storage in layer.storages]
+
+
+def test_tokens_do_not_move_the_storage_until_it_is_full():
+    cache, stock = adopted(), DynamicCache()
+    update([cache, stock], 2, 3)
+    moves, before = [], addresses(cache)
+    for length in range(4, 41):
+        update([cache, stock], 2, 1)
+        if (now := addresses(cache)) != before:
+            moves.append(length)
+        before = now
+        assert_equal(cache, stock)
+    assert moves == [9, 17, 25, 33]  # each block holds 8, and growing leaves room for 2 more at least
+
+
+def test_a_prompt_gets_its_room_at_once():
+    cache = adopted()
+    update([cache], 1, 7)
+    assert cache.layers[0].storages[0].shape == (1, 16, HEADS, HEAD_DIM)  # 8 would be full in a moment
+    cache = adopted()
+    update([cache], 1, 21)
+    assert cache.layers[0].storages[0].shape == (1, 24, HEADS, HEAD_DIM)
+    update([cache], 1, 23)  # and so does a long second turn
+    assert cache.layers[0].storages[0].shape == (1, 48, HEADS, HEAD_DIM)
+
+
+def test_cropping_keeps_the_storage_and_what_follows_overwrites():
+    cache, stock = adopted(), DynamicCache()
+    update([cache, stock], 2, 4)
+    before = addresses(cache)
+    for tokens in (3, 1, 0):
+        for one in (cache, stock):
+            one.crop(-tokens)
+        update([cache, stock], 2, tokens + 1)
+        assert_equal(cache, stock)
+    assert addresses(cache) == before
+
+
+def test_cropping_everything():
+    cache, stock = adopted(), DynamicCache()
+    update([cache, stock], 2, 5)
+    for one in (cache, stock):
+        one.crop(-5)
+    assert cache.get_seq_length() == stock.get_seq_length() == 0
+    update([cache, stock], 2, 2)
+    assert_equal(cache, stock)
+
+
+@pytest.mark.parametrize("length", [2, 5, 6, 9])
+def test_cropping_to_a_length(length):
+    """With a positive number: some versions of transformers take it, the others say what is wrong with it."""
+
+    def crop(cache):
+        try:
+            return cache.crop(length)
+        except ValueError as error:
+            return str(error)
+
+    cache, stock = adopted(), DynamicCache()
+    update([cache, stock], 1, 6)
+    assert crop(cache) == crop(stock)
+    assert_equal(cache, stock)
+
+
+def test_beams_stay_in_their_storage():
+    cache, stock = adopted(), DynamicCache()
+    update([cache, stock], 3, 5)
+    before = addresses(cache)
+    for order in ([2, 2, 0], [1, 0, 2], [0, 0, 0]):
+        for one in (cache, stock):
+            one.reorder_cache(torch.tensor(order))
+        update([cache, stock], 3, 1)
+        assert_equal(cache, stock)
+    assert addresses(cache) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache: cache.crop(-3),
+        lambda cache: cache.reorder_cache(torch.tensor([1, 1])),
+        lambda cache: cache.reset(),
+        lambda cache: cache.batch_select_indices(torch.tensor([1, 0])),
+    ],
+    ids=["crop", "reorder", "reset", "select"],
+)
+def test_what_was_read_before_does_not_change(change):
+    """Keys and values that someone keeps are theirs, as with transformers' own cache."""
+    cache = adopted()
+    update([cache], 2, 5)
+    kept = [pair[:2] for pair in cache]
+    expected = copy.deepcopy(kept)
+    change(cache)
+    update([cache], 2, 4)
+    for pair, wanted in zip(kept, expected, strict=True):
+        assert torch.equal(pair[0], wanted[0]) and torch.equal(pair[1], wanted[1])
+
+
+def test_reset_and_again_with_other_prompts():
+    cache = adopted()
+    update([cache], 2, 5)
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.get_mask_sizes(3, 0) == (3, 0) and not cache.is_initialized
+    stock = DynamicCache()
+    update([cache, stock], 3, 4)
+    assert_equal(cache, stock)
+
+
+def test_early_initialization():
+    cache, stock = adopted(), DynamicCache(config=config())
+    for one in (cache, stock):
+        one.early_initialization(2, HEADS, HEAD_DIM, torch.float32, torch.device("cpu"))
+        assert one.get_seq_length() == 0 and one.is_initialized
+    update([cache, stock], 2, 3)
+    assert_equal(cache, stock)
+
+
+def test_room_for_another_batch_is_refused():
+    cache = adopted()
+    update([cache], 2, 5)
+    with pytest.raises(ValueError, match="holds 2 prompts, but the input has 3"):
+        cache.layers[0].reserve(6, 3, HEADS, HEAD_DIM, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bits(dtype):
+    cache = adopted()
+    keys, values = states(1, 9).to(dtype), states(1, 9).to(dtype)
+    found = cache.update(keys, values, 0)
+    assert torch.equal(found[0], keys) and torch.equal(found[1], values) and found[0].dtype == dtype
+
+
+# Which caches are adopted
+
+
+def config(**changes):
+    sizes = {"num_hidden_layers": LAYERS, "num_key_value_heads": HEADS, "head_dim": HEAD_DIM, "hidden_size": 16}
+    return Qwen3Config(**sizes, **changes)
+
+
+@pytest.mark.parametrize("filled", [0, 5, 30])
+@pytest.mark.parametrize("make", [DynamicCache, lambda: DynamicCache(config=config())], ids=["lazy", "config"])
+def test_adopting_keeps_the_contents(make, filled):
+    cache = make()
+    if filled:
+        update([cache], 2, filled)
+    stock = copy.deepcopy(cache)
+    assert adopt(cache, LAYERS)
+    assert type(cache) is DynamicCache and [type(layer) for layer in cache.layers] == [PreallocatedLayer] * LAYERS
+    assert_equal(cache, stock)
+    update([cache, stock], 2, 7)
+    assert_equal(cache, stock)
+
+
+def test_adopting_does_not_share_memory_with_the_user():
+    keys, values = states(1, 4), states(1, 4)
+    cache = DynamicCache([(keys, values)] * LAYERS)
+    adopt(cache, LAYERS)
+    before = keys.clone()
+    cache.reorder_cache(torch.tensor([0]))
+    for _, storage in (layer.storages for layer in cache.layers):
+        storage.zero_()
+    assert torch.equal(keys, before)
+
+
+def test_adopting_twice_changes_nothing():
+    cache = adopted()
+    update([cache], 1, 3)
+    layers, before = list(cache.layers), addresses(cache)
+    assert adopt(cache, LAYERS)
+    assert all(now is then for now, then in zip(cache.layers, layers, strict=True)) and addresses(cache) == before
+
+
+class OwnCache(DynamicCache):
+    pass
+
+
+class OwnLayer(DynamicLayer):
+    pass
+
+
+REFUSED = {
+    "static": lambda: StaticCache(config=config(), max_cache_len=8),
+    "sliding window": lambda: DynamicCache(config=config(use_sliding_window=True, sliding_window=4, max_window_layers=0)),
+    "one sliding layer": lambda: Cache(layers=[DynamicLayer(), DynamicSlidingWindowLayer(sliding_window=4)]),
+    "of its own class": OwnCache,
+    "layers of their own class": lambda: with_layers([OwnLayer() for _ in range(LAYERS)]),
+    "layers of their own class, made later": lambda: with_layers([], OwnLayer),
+    "of a deeper model": lambda: with_layers([DynamicLayer() for _ in range(LAYERS + 1)]),
+    "offloaded": lambda: offloaded(DynamicCache()),
+    "not a dynamic cache": lambda: Cache(layer_class_to_replicate=DynamicLayer),
+}
+
+
+def with_layers(layers, later=None):
+    cache = DynamicCache()
+    cache.layers, cache.layer_class_to_replicate = layers, later
+    return cache
+
+
+def offloaded(cache):
+    cache.offloading = True  # its constructor makes a stream, which needs a GPU
+    return cache
+
+
+@pytest.mark.parametrize("make", REFUSED.values(), ids=REFUSED.keys())
+def test_other_caches_are_refused_and_left_alone(make):
+    cache = make()
+    layers, attributes = list(cache.layers), dict(cache.__dict__)
+    assert not adopt(cache, LAYERS)
+    assert list(cache.layers) == layers and {**cache.__dict__, "layers": attributes["layers"]} == attributes
