@@ -83,6 +83,7 @@ def text_model_forward(
         site.fall_back(reason)
         return type(module).forward(module, **inputs)
 
+    goes_on = use_cache is not None  # `generate` says it, and reads what follows the last token, be it padding
     use_cache = module.config.use_cache if use_cache is None else use_cache
     if use_cache and past_key_values is None:
         past_key_values = DynamicCache(config=module.config)
@@ -91,7 +92,7 @@ def text_model_forward(
         return type(module).forward(module, **inputs)
     if past_key_values is not None and not past_key_values.layers[0].is_initialized and GRAPHS in module.__dict__:
         module.__dict__[GRAPHS].lend(past_key_values, *given.shape[:2], module.norm.weight)
-    layout = TextLayout.of(module, given, attention_mask, position_ids, past_key_values)
+    layout = TextLayout.of(module, given, attention_mask, position_ids, past_key_values, goes_on)
     if isinstance(layout, str):
         site.fall_back(layout)
         return type(module).forward(module, **{**inputs, "past_key_values": past_key_values})
@@ -171,6 +172,7 @@ class TextLayout:
         attention_mask: Any,
         position_ids: torch.Tensor | None,
         cache: Cache | None,
+        goes_on: bool = False,
     ) -> TextLayout | str:
         """The layout for `given` (B, L, ...) behind what the cache holds, which gets room for it; or why there is none."""
         batch, length = given.shape[:2]
@@ -186,6 +188,8 @@ class TextLayout:
             return "the positions describe packed sequences"
         spans = [(0, total)] * batch
         if isinstance(attention_mask, LeftPadding):
+            if attention_mask.total != total:
+                return "the attention mask is not one flag per token"
             spans = [(start, total) for start in attention_mask.starts]
         elif attention_mask is not None:
             if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != (batch, total):
@@ -195,6 +199,10 @@ class TextLayout:
                 return "the attention mask has holes"
         starts_at = [max(start, past) for start, _ in spans]  # of the new tokens that are not padding
         ends_at = [max(end, past) for _, end in spans]
+        if starts_at == ends_at:
+            return "there is nothing but padding"
+        if goes_on and any(end < total for end in ends_at):
+            return "a prompt ends with padding"
         full = all(start == past and end == total for start, end in zip(starts_at, ends_at, strict=True))
 
         def indices(first: list[int], last: list[int], offset: int) -> torch.Tensor:
