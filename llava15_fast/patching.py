@@ -346,6 +346,13 @@ def _find_model(model: Any) -> LlavaOnevision1_5ForConditionalGeneration | Llava
     """The model with the language head in `model`, or the model without where there is no head."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     found = [module for module in modules if isinstance(module, LlavaOnevision1_5Model)]
+    if foreign := [
+        module for module in modules if type(module).__name__ == LlavaOnevision1_5Model.__name__ and module not in found
+    ]:
+        raise TypeError(
+            f"{type(foreign[0]).__module__} has a {type(foreign[0]).__name__} of its own, which is not known here: load the "
+            "model with llava15_fast.LlavaOnevision1_5ForConditionalGeneration"
+        )
     if len(found) != 1:
         raise TypeError(
             f"{type(model).__name__} holds {len(found)} models of class LlavaOnevision1_5Model, expected one: pass a "
