@@ -11,6 +11,8 @@ TORCH_VERSION ?= 2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 TESTS ?=
+# Processes that the tests are dealt out to.
+JOBS ?= 2
 # What pip is to take into account besides setup.py.
 PINS ?=
 # Triton 3.6's interpreter does not work with numpy 2.4.
@@ -34,7 +36,7 @@ demo: $(VENV)/ready
 	$(BIN)/llava15-fast demo
 
 test: $(VENV)/ready lint
-	$(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(TESTS)
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest PINS='$(OLDEST)'
