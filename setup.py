@@ -33,6 +33,9 @@ setup(
         "numpy",
         "rich",
     ],
-    extras_require={"dev": ["pytest", "pytest-xdist>=3.6", "pytest-benchmark", "hypothesis", "ruff"], "benchmarks": ["matplotlib"]},
+    extras_require={
+        "dev": ["pytest", "pytest-xdist>=3.6", "pytest-benchmark", "hypothesis", "ruff"],
+        "benchmarks": ["matplotlib"],
+    },
     entry_points={"console_scripts": ["llava15-fast = llava15_fast.cli:main"]},
 )
