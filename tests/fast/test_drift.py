@@ -129,17 +129,17 @@ def moved(path, parameters=None, members=None):
     return None
 
 
-@pytest.mark.parametrize("path", SYMBOLS)
+@pytest.mark.parametrize("path", sorted(SYMBOLS))
 def test_symbol(path):
     assert not (sentence := moved(path)), sentence
 
 
-@pytest.mark.parametrize("path", SIGNATURES)
+@pytest.mark.parametrize("path", sorted(SIGNATURES))
 def test_signature(path):
     assert not (sentence := moved(path, parameters=SIGNATURES[path])), sentence
 
 
-@pytest.mark.parametrize("path", MEMBERS)
+@pytest.mark.parametrize("path", sorted(MEMBERS))
 def test_members(path):
     assert not (sentence := moved(path, members=MEMBERS[path])), sentence
 
