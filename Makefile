@@ -1,10 +1,21 @@
 # make demo    the main job on the small checkpoint that ships with the project
 # make test    the tests
-# Both set up .venv first. TORCH_ARGS is what pip is given for torch; by default a CPU build where there is no NVIDIA GPU.
+# make test-oldest, make test-newest
+#              the same on the oldest and the newest triton and transformers that are declared, each in an environment of its own
+# make test-oldest TESTS="tests/fast/test_drift.py"
+#              only these
+# All set up their environment first. TORCH_ARGS is what pip is given for torch; by default a CPU build where there is no NVIDIA GPU.
 
 PYTHON ?= python3
 TORCH_VERSION ?= 2.13.0
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
+TESTS ?=
+# What pip is to take into account besides setup.py.
+PINS ?=
+# Triton 3.6's interpreter does not work with numpy 2.4.
+OLDEST := "triton==3.6.*" "transformers==5.17.*" "numpy<2.4"
+NEWEST := --upgrade triton transformers
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 
 ifdef TORCH_ARGS
@@ -17,23 +28,29 @@ INSTALL_TORCH = $(BIN)/pip install --quiet torch==$(TORCH_VERSION)+cpu || \
 	$(BIN)/pip install --quiet torch==$(TORCH_VERSION)+cpu --index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest test-newest lint clean
 
-demo: .venv/ready
+demo: $(VENV)/ready
 	$(BIN)/llava15-fast demo
 
-test: .venv/ready lint
-	$(BIN)/python -m pytest
+test: $(VENV)/ready lint
+	$(BIN)/python -m pytest $(TESTS)
 
-lint: .venv/ready
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest PINS='$(OLDEST)'
+
+test-newest:
+	$(MAKE) test VENV=.venv-newest PINS='$(NEWEST)'
+
+lint: $(VENV)/ready
 	$(BIN)/ruff check .
 
-.venv/ready: setup.py pyproject.toml
+$(VENV)/ready: setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, this is " + sys.version.split()[0])'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	$(INSTALL_TORCH)
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --editable '.[dev]' $(PINS)
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest build *.egg-info .pytest_cache .ruff_cache .hypothesis

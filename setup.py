@@ -33,6 +33,6 @@ setup(
         "numpy",
         "rich",
     ],
-    extras_require={"dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff"]},
+    extras_require={"dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff"], "benchmarks": ["matplotlib"]},
     entry_points={"console_scripts": ["llava15-fast = llava15_fast.cli:main"]},
 )

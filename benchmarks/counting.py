@@ -2,10 +2,12 @@
 
     with fake_model("4b") as model, Counter() as counted:
         model(...)
-    counted.launches, counted.read, counted.written
+    counted.launches, counted.read, counted.written, counted.flops
 
 Every operator that is not a view counts as one launch, reads its inputs and writes its outputs once; the operators of
-`llava15_kernels` count as they declare (`cost_of`). These are counts, not measurements.
+`llava15_kernels` count as they declare (`cost_of`). Operations are those of matrix products and attention, by the formulas of
+`torch.utils.flop_counter` where it has one; a causal attention that skips what is masked counts what it computes. These are
+counts, not measurements.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ from __future__ import annotations
 import contextlib
 from collections import Counter as Tally
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from transformers import DynamicCache
 from transformers.initialization import no_init_weights
 
@@ -72,44 +75,125 @@ def filled_cache(model: LlavaOnevision1_5ForConditionalGeneration, batch: int, t
     return cache
 
 
+class Call(NamedTuple):
+    """What one call of an operator launches, moves (bytes) and computes (floating-point operations)."""
+
+    name: str
+    launches: int
+    read: int
+    written: int
+    flops: int
+
+
 class Counter(TorchDispatchMode):
-    """Launches and bytes of everything that runs inside.
+    """Launches, bytes and operations of everything that runs inside.
+
+    Args:
+        filled: tokens that the caches hold for each prompt. By default attention over a cache counts as if it were full,
+            for how full it is only the device knows.
 
     Attributes:
         launches: kernels.
         read, written: bytes.
+        flops: floating-point operations of matrix products and attention.
         tally: launches per operator, by its name as in "aten::mm".
+        calls: how often each `Call` was made.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, filled: int | None = None) -> None:
         super().__init__()
-        self.launches = self.read = self.written = 0
+        self.filled = filled
+        self.launches = self.read = self.written = self.flops = 0
         self.tally: Tally[str] = Tally()
+        self.calls: Tally[Call] = Tally()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        output = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
         namespace, name = func.namespace, func._schema.name.split("::")[1]
         if namespace == "llava15":
-            cost = cost_of(name, *args)
-            self._add(f"llava15::{name}", cost.launches, cost.read, cost.written)
+            self._add(self._ours(name, args))
         elif namespace == "aten" and not func.is_view and name not in NOT_LAUNCHED:
-            inputs, outputs = (
-                [x for x in tree_leaves(part) if isinstance(x, torch.Tensor)] for part in ((args, kwargs), output)
-            )
-            # A gather reads the rows that it returns.
-            read = inputs[1:] + outputs if name in GATHERS else inputs
-            self._add(f"aten::{name}", 1, nbytes(*read), nbytes(*outputs))
+            self._add(_aten(func, name, args, kwargs, output))
         return output
 
-    def _add(self, name: str, launches: int, read: int, written: int) -> None:
-        self.launches += launches
-        self.read += read
-        self.written += written
-        self.tally[name] += launches
+    def _add(self, call: Call) -> None:
+        self.launches += call.launches
+        self.read += call.read
+        self.written += call.written
+        self.flops += call.flops
+        self.tally[call.name] += call.launches
+        self.calls[call] += 1
+
+    def _ours(self, name: str, args: tuple) -> Call:
+        cost, read, flops = cost_of(name, *args), 0, 0
+        if name == "flash_attn_varlen":
+            flops = _varlen_flops(*args)
+        elif name == "flash_decode":
+            q, k_cache, v_cache = args[:3]
+            filled = k_cache.shape[1] if self.filled is None else self.filled
+            read = -nbytes(k_cache[:, filled:], v_cache[:, filled:])
+            flops = 4 * q.numel() * filled
+        return Call(f"llava15::{name}", cost.launches, cost.read + read, cost.written, flops)
 
     @property
     def bytes(self) -> int:
         return self.read + self.written
+
+
+def _aten(func: Any, name: str, args: tuple, kwargs: dict, output: Any) -> Call:
+    inputs, outputs = _tensors((args, kwargs)), _tensors(output)
+    if name in GATHERS:  # a gather reads the rows that it returns
+        inputs = inputs[1:] + outputs
+    elif name in OVERWRITES:
+        inputs = inputs[1:]
+    flops = 0
+    if "attention" in name:
+        q, k = args[:2]
+        flops = 4 * q[..., 0].numel() * k.shape[-2] * q.shape[-1]
+        if _is_causal(func, args, kwargs):
+            flops = _visible(q.shape[-2], k.shape[-2]) * flops // (q.shape[-2] * k.shape[-2])
+    elif (formula := flop_registry.get(func._overloadpacket)) is not None:
+        flops = formula(*args, **kwargs, out_val=output)
+    return Call(f"aten::{name}", 1, nbytes(*inputs), nbytes(*outputs), flops)
+
+
+def _is_causal(func: Any, args: tuple, kwargs: dict) -> bool:
+    names = [argument.name for argument in func._schema.arguments]
+    return {**dict(zip(names, args, strict=False)), **kwargs}.get("is_causal", False)
+
+
+def _visible(len_q: int, len_k: int) -> int:
+    """Pairs of a query and a key that it sees, the last query seeing all keys."""
+    unseen = min(len_q, len_k)
+    return len_q * len_k - unseen * (unseen - 1) // 2 - max(len_q - len_k, 0) * len_k
+
+
+def _varlen_flops(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    softmax_scale: float,
+    causal: bool,
+) -> int:
+    """Of the segments; where fake bounds hide their lengths, all are as long as the longest, which has to come out even.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if isinstance(cu_seqlens_q, FakeTensor):
+        segments, rest = divmod(q.shape[0], max_seqlen_q)
+        if rest:
+            raise ValueError(f"{q.shape[0]} rows in fake segments of at most {max_seqlen_q}: their lengths cannot be known")
+        lengths = [(max_seqlen_q, max_seqlen_q)] * segments
+    else:
+        with unset_fake_temporarily():
+            lengths = list(zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True))
+    pairs = sum(_visible(*pair) if causal else pair[0] * pair[1] for pair in lengths)
+    return 4 * q.shape[1] * q.shape[2] * pairs
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
@@ -117,7 +201,9 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 GATHERS = frozenset({"embedding", "index", "index_select", "gather"})
+OVERWRITES = frozenset({"copy_", "fill_", "zero_"})
+"""In-place operators that do not read what they write to."""
 NOT_LAUNCHED = frozenset(
-    {"empty", "empty_like", "empty_strided", "new_empty", "lift_fresh", "_unsafe_view", "detach_", "sym_size"}
+    {"empty", "empty_like", "empty_strided", "new_empty", "lift_fresh", "_unsafe_view", "detach_", "sym_size", "promote_types"}
 )
 """Operators that allocate or rename, and touch no element."""

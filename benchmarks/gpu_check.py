@@ -2,10 +2,11 @@
 
     PYTHONPATH=kernels python -m benchmarks.gpu_check --out DIR
 
-In order of value: the tests that need a GPU; the ceilings (a device-to-device copy, a large matrix product); each kernel at the
-model's shapes in bfloat16 against torch; what a call costs the host; tiny kernels in CUDA graphs; the competitors that have to
-be compiled; float16; the other kernel tests. Each finished measurement is a line of `DIR/gpu_check.jsonl` at once, so that a
-run which is cut off still counts, and `--resume` goes on where it stopped.
+In order of value: the tests that need a GPU; the ceilings (a device-to-device copy, a large matrix product); a token of the 4B
+and the 8B against sdpa; each kernel at the model's shapes in bfloat16 against torch; what a call costs the host; tiny kernels
+in CUDA graphs; whole answers; the competitors that have to be compiled; float16; the other kernel tests. Each finished
+measurement is a line of `DIR/gpu_check.jsonl` at once, so that a run which is cut off still counts, and `--resume` goes on
+where it stopped.
 
 A section is a function that yields `Item`s, registered with `@section`: nothing else has to know of it.
 """
@@ -23,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,8 @@ def is_failure(row: dict[str, Any]) -> bool:
     """What a competitor cannot do is none, and neither is a time box that is full."""
     if row["kind"] == "time":
         return row["provider"] == "ours" and not row.get("verified")
+    if row["kind"] == "generate":
+        return row["status"] == "wrong" or (row["provider"].startswith("patched") and not row.get("verified"))
     if row["kind"] == "tests":
         return bool(row["failing"]) or row["status"] not in (0, 5, None)  # 5: nothing is selected
     return row["kind"] == "item" and row["status"] not in ("done", "out of time")
@@ -208,6 +212,41 @@ def measure_ceiling(run: Run, unit: str, dtype: torch.dtype) -> None:
 def rate(work: int, timing: Timing, unit: str) -> float:
     """Bytes as GB/s, operations as TFLOP/s, by the median."""
     return work / timing.p50 / {"GB/s": 1e3, "TFLOP/s": 1e6}[unit]
+
+
+# --- whole answers
+
+
+def answers(run: Run, config: str, shapes: list[tuple[int, ...]], providers: list[str], repeats: int) -> None:
+    """Rows of `benchmarks.generate`; each shape is (image size, images, batch, context, new tokens)."""
+    from . import generate  # transformers: the kernels are checked without it
+
+    name, dtype = ("tiny", torch.float32) if run.dry else (config, torch.bfloat16)
+    model = generate.build(name, run.device, dtype)
+    for values in shapes:
+        shape = generate.Shape(*values)
+        if run.dry:
+            shape = generate.Shape(min(shape.image_size, 56), shape.images, min(shape.batch, 2), 8, 4)
+        lost = partial(give_up_if_lost, run)
+        for row in generate.measure(model, name, shape, providers, 2 if run.dry else repeats, run.device, lost):
+            run.add("generate", **row)
+            run.rows.log(f"{generate.describe(row)}{dry_mark(run)}")
+            if run.left() <= 0:
+                raise OutOfTime(f"{config}, {shape}: after {row['provider']}")
+
+
+CONFIGS = ("4b", "8b")
+
+
+@section("decode")
+def decode(run: Run) -> Iterator[Item]:
+    for config in CONFIGS:
+        shapes = [(0, 0, 1, 1024, 64)]
+        yield Item(
+            f"{config} behind 1024 tokens",
+            lambda config=config, shapes=shapes: answers(run, config, shapes, ["patched", "sdpa"], 3),
+            seconds=45,
+        )
 
 
 # --- kernels
@@ -356,6 +395,23 @@ def graphs(run: Run) -> Iterator[Item]:
             yield Item(case.id, lambda case=case: measure_graph(case))
 
 
+@section("answers")
+def whole_answers(run: Run) -> Iterator[Item]:
+    """An image and 64 tokens of text; a long context; batches."""
+    for title, shapes, seconds in (
+        ("about an image", [(1120, 1, 1, 64, 256)], 45),
+        ("behind 8192 tokens", [(0, 0, 1, 8192, 64)], 40),
+        ("about small and large images", [(560, 1, 1, 64, 16), (1568, 1, 1, 64, 16)], 40),
+        ("in batches", [(0, 0, 4, 1024, 64), (0, 0, 16, 1024, 64)], 60),
+    ):
+        for config in CONFIGS:
+            yield Item(
+                f"{config} {title}",
+                lambda config=config, shapes=shapes: answers(run, config, shapes, ["patched", "sdpa"], 3),
+                seconds=seconds,
+            )
+
+
 # --- the rest
 
 
@@ -363,6 +419,18 @@ def graphs(run: Run) -> Iterator[Item]:
 def compiled_competitors(run: Run) -> Iterator[Item]:
     """Ours again beside them: how far two timings of one kernel lie apart."""
     yield from kernel_items(run, run.dtypes()[0], slow=True)
+
+
+@section("other ways")
+def other_ways(run: Run) -> Iterator[Item]:
+    """What else decodes: ours launch by launch, transformers' eager attention, its static cache with a compiled step."""
+    for config in CONFIGS:
+        for provider, seconds in (("eager", 30), ("patched, no graph", 30), ("static + compile", 150)):
+            yield Item(
+                f"{config}, {provider}",
+                lambda config=config, provider=provider: answers(run, config, [(0, 0, 1, 1024, 64)], [provider], 3),
+                seconds=seconds,
+            )
 
 
 @section("float16")

@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         "cuda": torch.version.cuda or torch.version.hip,
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "transformers": version("transformers"),
         "python": platform.python_version(),
         "commit": commit or commit_of(ROOT),
         "sources": sources(),
@@ -47,9 +49,9 @@ def commit_of(root: Path) -> str:
 
 
 def sources() -> str:
-    """A digest of the kernels' files: what was timed, whatever the commit says."""
+    """A digest of both packages' files: what was timed, whatever the commit says."""
     digest = hashlib.sha256()
-    for file in sorted((ROOT / "kernels/llava15_kernels").glob("*.py")):
+    for file in sorted([*(ROOT / "kernels/llava15_kernels").glob("*.py"), *(ROOT / "llava15_fast").glob("*.py")]):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -97,6 +99,11 @@ def read(file: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    """The rows of every run under `folder`, oldest file name first."""
+    return [row for file in sorted(folder.glob("*/*.jsonl")) for row in read(file)]
 
 
 def _append(file: Path, line: str) -> None:

@@ -5,6 +5,7 @@
 | `device_time` | the device's time of one call, cold L2                     | events; a wall clock on a CPU |
 | `graph_time`  | the device's time of one call inside a CUDA graph of many  | GPU                           |
 | `host_times`  | what a call costs the host: Python, dispatcher, launch     | anywhere                      |
+| `EventTimer`  | as `device_time`, plugged into pytest-benchmark            | GPU                           |
 
 All give the 10%, 50% and 90% quantiles of repeated measurements in microseconds, after warming up.
 
@@ -149,6 +150,41 @@ def host_times(calls: dict[str, Call], device: torch.device, rounds: int = 30, b
             if turn:  # the first warms up
                 samples[name].append(1e6 * (time.perf_counter() - start) / batch)
     return {name: Timing.of(found, f"perf_counter, {batch} calls without waiting") for name, found in samples.items()}
+
+
+class EventTimer:
+    """pytest-benchmark's timer for a GPU: the moments it returns are events, and their difference is in seconds.
+
+    `prepare` goes before each call: it holds the device back and flushes the L2.
+
+    Attributes:
+        late: calls before which the device did not wait for the host; their times hold the host's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.late, self.hold = device, 0, 5e-4
+
+    def prepare(self) -> None:
+        torch.cuda._sleep(int(self.hold * _cycles_per_second(self.device)))
+        _flush_buffer(self.device).zero_()
+
+    def __call__(self) -> Moment:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return Moment(event, self)
+
+
+@dataclass(frozen=True)
+class Moment:
+    event: torch.cuda.Event
+    timer: EventTimer
+
+    def __sub__(self, earlier: Moment) -> float:
+        if earlier.event.query():
+            self.timer.late += 1
+            self.timer.hold = min(2 * self.timer.hold, LONGEST_HOLD)
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1e3
 
 
 @cache

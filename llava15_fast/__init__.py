@@ -5,15 +5,18 @@ handle = llava15_fast.patch(model)       # this instance runs the kernels
 model.generate(**inputs)                 # the same answer
 print(handle.report())                   # what ran where, and why not
 llava15_fast.unpatch(model)              # as before
+print(llava15_fast.verify(model, inputs)) # patched against eager and higher precision, as numbers
 """
 
 import llava15_kernels
 
 from .configuration import LlavaOnevision1_5Config, LlavaOnevision1_5TextConfig, LlavaOnevision1_5VisionConfig
+from .enabling import disable, enable
 from .modeling import LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model, LlavaOnevision1_5VisionModel
 from .patching import PatchError, PatchHandle, Report, patch, patched, unpatch
 from .processing import LlavaOnevision1_5Processor
 from .registration import register
+from .verification import Verification, verify
 from .warm_up import warmup
 
 __version__ = "0.1.0"
@@ -37,8 +40,12 @@ __all__ = [
     "PatchError",
     "PatchHandle",
     "Report",
+    "Verification",
+    "disable",
+    "enable",
     "patch",
     "patched",
     "unpatch",
+    "verify",
     "warmup",
 ]

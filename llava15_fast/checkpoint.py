@@ -56,7 +56,7 @@ def check_checkpoint_files(folder: Any) -> None:
     """Opens the header of every safetensors file that a local checkpoint consists of; a repository name is not checked.
 
     Raises:
-        OSError: an index that cannot be read or points out of the folder, or a file that is missing or corrupt.
+        OSError: an index that cannot be read or points out of the folder, a file that is missing or corrupt, or only pickles.
     """
     folder = Path(str(folder))
     if not folder.is_dir():
@@ -66,8 +66,12 @@ def check_checkpoint_files(folder: Any) -> None:
     if not files and index.is_file():
         try:
             files = set(json.loads(index.read_text())["weight_map"].values())
+            if strange := [name for name in files if not isinstance(name, str)]:
+                raise TypeError(f"it names the file {strange[0]!r}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise OSError(f"cannot read {index}: expected JSON with a weight_map ({error})") from None
+    if not files and not any(folder.glob("*.safetensors")) and (pickles := sorted(folder.glob("*.bin"))):
+        raise OSError(f"{pickles[0]} is a pickle, which can run code as it is loaded: only safetensors files are read")
     for name in sorted(files):
         path = folder / name
         if Path(name).name != name:

@@ -1,4 +1,4 @@
-"""The command line: `llava15-fast demo`, `generate` and `warmup`.
+"""The command line: `llava15-fast demo`, `generate`, `verify`, `warmup` and `env`.
 
 An answer goes to stdout, everything about it to stderr. A mistake is one line on stderr and exit status 2;
 LLAVA15_DEBUG=1 shows where it happened.
@@ -7,6 +7,7 @@ LLAVA15_DEBUG=1 shows where it happened.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="llava15-fast", description="LLaVA-OneVision-1.5 with hand-written Triton kernels.")
-    commands = parser.add_subparsers(required=True, metavar="demo | generate | warmup")
+    commands = parser.add_subparsers(required=True, metavar="demo | generate | verify | warmup | env")
 
     demo = commands.add_parser(
         "demo",
@@ -80,6 +81,28 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     generate.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="the longest answer (default 256)")
     generate.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto", help="what the patched model runs")
     generate.set_defaults(run=_generate)
+
+    verify = commands.add_parser(
+        "verify",
+        help="compare the patched model with eager and with higher precision, on your weights and image",
+        description="Answers a prompt unpatched and patched and compares both with a run in higher precision: errors of every "
+        "block and of the logits, the first token that differs, and a verdict. The exit status is 1 if that is bad.",
+    )
+    verify.add_argument("--model", required=True, metavar="DIR", help="a folder in the published format, or a repository")
+    verify.add_argument("--image", action="append", default=[], metavar="FILE", help="an image file; by default a sample image")
+    verify.add_argument("--prompt", default=PROMPT, metavar="TEXT", help=f"what to ask (default {PROMPT!r})")
+    verify.add_argument("--max-new-tokens", type=_positive, default=32, metavar="N", help="the longest answer (default 32)")
+    verify.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto", help="what the patched model runs")
+    verify.set_defaults(run=_verify)
+
+    env = commands.add_parser(
+        "env",
+        help="versions, device, backend and kernel cache, for a bug report",
+        description="Shows versions and whether they are inside the declared ranges, the GPU, what would run, and where "
+        "compiled kernels are kept.",
+    )
+    env.add_argument("--json", action="store_true", help="as JSON")
+    env.set_defaults(run=_env)
 
     warmup = commands.add_parser(
         "warmup",
@@ -131,6 +154,18 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     return model.eval(), processor
 
 
+def prepare(model: Any, processor: Any, prompt: str, images: Sequence[str | Path]) -> Any:
+    """What the model is given for one prompt about `images`."""
+    content = [{"type": "image", "image": str(image)} for image in images] + [{"type": "text", "text": prompt}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(model.device)
+
+
 def ask(model: Any, processor: Any, prompt: str, images: Sequence[str | Path], max_new_tokens: int) -> Answer:
     """One greedy answer to `prompt` about `images`.
 
@@ -139,14 +174,7 @@ def ask(model: Any, processor: Any, prompt: str, images: Sequence[str | Path], m
     """
     import torch
 
-    content = [{"type": "image", "image": str(image)} for image in images] + [{"type": "text", "text": prompt}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    ).to(model.device)
+    inputs = prepare(model, processor, prompt, images)
     start = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
@@ -178,6 +206,31 @@ def _generate(arguments: argparse.Namespace) -> int:
         verdict = "identical" if same else "DIFFERENT"
         print(f"unpatched: {plain.text!r} in {plain.seconds:.2f} s; token ids {verdict}", file=sys.stderr)
         return 0 if same else 1
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from . import verify
+    from .processing import read_image
+
+    images = arguments.image or sorted((assets_folder() / "samples").glob("*.png"))[:1]
+    for image in images:
+        read_image(image)  # before a large checkpoint is loaded
+    model, processor = load(arguments.model)
+    inputs = prepare(model, processor, arguments.prompt, images)
+    found = verify(model, inputs, max_new_tokens=arguments.max_new_tokens, backend=arguments.backend)
+    print(found)
+    return 0 if found.ok else 1
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    from .environment import environment, table
+
+    found = environment()
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+    else:
+        Console(highlight=False).print(table(found))
     return 0
 
 

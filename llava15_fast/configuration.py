@@ -16,6 +16,13 @@ from transformers import PreTrainedConfig, Qwen3Config
 UPSTREAM_MODEL_TYPE = "llava_onevision1_5"
 
 
+def _check_positive(config: PreTrainedConfig, part: str, *names: str) -> None:
+    """Raises ValueError: zero layers or heads would load, and answer, without the weights of the file."""
+    for name in names:
+        if not getattr(config, name) >= 1:
+            raise ValueError(f"{part} {name} is {getattr(config, name)}, expected at least 1")
+
+
 class LlavaOnevision1_5VisionConfig(PreTrainedConfig):
     """The RICE vision transformer and its 2x2 patch merger.
 
@@ -46,6 +53,8 @@ class LlavaOnevision1_5VisionConfig(PreTrainedConfig):
         if (out_hidden_size := kwargs.pop("out_hidden_size", None)) is not None:
             self.text_hidden_size = out_hidden_size
         super().__post_init__(**kwargs)
+        sizes = ("hidden_size", "intermediate_size", "num_heads", "text_hidden_size")
+        _check_positive(self, "vision", "depth", "in_channels", "patch_size", "spatial_merge_size", *sizes)
         if self.hidden_size % (4 * self.num_heads):
             raise ValueError(
                 f"vision hidden_size {self.hidden_size} with num_heads {self.num_heads}: 2D RoPE needs a head_dim "
@@ -71,6 +80,18 @@ class LlavaOnevision1_5TextConfig(Qwen3Config):
     num_attention_heads: int = 32
     num_key_value_heads: int | None = 8
     max_window_layers: int = 36
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        sizes = ("hidden_size", "intermediate_size", "vocab_size", "head_dim")
+        _check_positive(self, "text", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", *sizes)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"text num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"text head_dim {self.head_dim} is odd: RoPE turns pairs")
 
     def to_dict(self) -> dict[str, Any]:
         """As Qwen3's, plus the `rope_theta` key that readers of the published format look for."""

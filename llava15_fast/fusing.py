@@ -7,6 +7,7 @@ loaded with `assign=True`; so it is looked at before every use, and made anew.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 
@@ -24,6 +25,7 @@ class FusedLinear:
 
     def __init__(self) -> None:
         self.weight: torch.Tensor | None = None
+        self.gave_up = False
 
     def __reduce__(self) -> tuple:
         """A copy or a pickle begins without a weight: its layers' parameters are its own."""
@@ -31,12 +33,17 @@ class FusedLinear:
 
     def __call__(self, x: torch.Tensor, layers: Sequence[nn.Module]) -> torch.Tensor:
         # torch.compile cannot look at storages, and fuses by itself what follows a product.
-        if not torch.compiler.is_compiling() and all(can_fuse(layer) for layer in layers):
-            if not self._is_current(layers):
-                self._fuse(layers)
-            if self.weight is not None:
-                return nn.functional.linear(x, self.weight)
+        if not torch.compiler.is_compiling() and self.prepare(layers):
+            return nn.functional.linear(x, self.weight)
         return torch.cat([layer(x) for layer in layers], dim=-1)
+
+    def prepare(self, layers: Sequence[nn.Module]) -> bool:
+        """Whether the fused weight is there and is that of the layers; made, if it is not."""
+        if self.gave_up or not all(can_fuse(layer) for layer in layers):
+            return False
+        if not self._is_current(layers):
+            self._fuse(layers)
+        return self.weight is not None
 
     def _is_current(self, layers: Sequence[nn.Module]) -> bool:
         if self.weight is None:
@@ -63,8 +70,8 @@ class FusedLinear:
                 for weight, part in zip(weights, self.weight.split([len(weight) for weight in weights]), strict=True):
                     weight.data = part
         except torch.OutOfMemoryError:
-            self.weight = None
-            logger.warning("no memory to lay weights side by side: %d layers run one by one", len(layers))
+            self.weight, self.gave_up = None, True
+            _log_no_memory()
 
     def release(self, layers: Sequence[nn.Module]) -> None:
         """Gives every parameter that still is a view of the fused weight a storage of its own."""
@@ -103,5 +110,11 @@ def can_fuse(layer: nn.Module) -> bool:
     return not weight.is_inference() and weight.device.type != "meta"
 
 
+@functools.cache
+def _log_no_memory() -> None:
+    logger.warning("no memory to lay weights side by side: these layers run one by one")
+
+
+@functools.cache
 def _log_stale() -> None:
     logger.info("weights were copied, moved or replaced: laid side by side anew")

@@ -28,6 +28,9 @@ from .text import LeftPadding
 LAG = 2
 """Tokens between two looks at whether all sequences have ended."""
 
+ROOM = 4096
+"""Tokens of an answer that there is room for at first: a maximum length may be as good as none."""
+
 PURE_PROCESSORS = frozenset(
     getattr(logits_process, name)
     for name in (
@@ -148,7 +151,7 @@ def decode(
     device = input_ids.device
     site.start(device)
     batch, prompt_length = input_ids.shape
-    max_length = stopping_criteria.max_length
+    max_length = min(criterion.max_length for criterion in stopping_criteria if isinstance(criterion, MaxLengthCriteria))
     eos_ids = [criterion.eos_token_id for criterion in stopping_criteria if isinstance(criterion, EosTokenCriteria)]
     eos_ids = torch.cat([ids.to(device) for ids in eos_ids]) if eos_ids else None
     pad_id = generation_config._pad_token_tensor
@@ -158,7 +161,7 @@ def decode(
     scores: list[torch.Tensor] = []
     raw_logits: list[torch.Tensor] = []
 
-    ids = input_ids.new_empty(batch, max(max_length, prompt_length + 1))
+    ids = input_ids.new_empty(batch, max(min(max_length, prompt_length + ROOM), prompt_length + 1))
     ids[:, :prompt_length] = input_ids
     length = prompt_length
     unfinished = torch.ones(batch, dtype=torch.bool, device=device)
@@ -182,6 +185,8 @@ def decode(
         if eos_ids is not None:
             tokens = torch.where(unfinished, tokens, pad_id)
             unfinished = unfinished & ~torch.isin(tokens, eos_ids)
+        if length == ids.shape[1]:
+            ids = torch.cat([ids, torch.empty_like(ids)], dim=1)
         ids[:, length] = tokens
         length += 1
         if length >= max_length or (eos_ids is not None and watch.stopped(unfinished)):

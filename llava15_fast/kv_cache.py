@@ -25,9 +25,10 @@ def capacity_for(tokens: int) -> int:
 class _Side:
     """Keys or values of one layer: `view` shows the first `length` tokens of `storage`."""
 
-    def __init__(self, storage: torch.Tensor, length: int = 0) -> None:
+    def __init__(self, storage: torch.Tensor, length: int = 0, shown: int = 0) -> None:
         self.storage = storage
         self.length = length
+        self.shown = shown  # tokens that someone outside may have kept a view of
 
     @property
     def view(self) -> torch.Tensor:
@@ -46,7 +47,7 @@ class _Side:
         """(B, heads, length, head_dim) in a storage; in the present one if it is a shorter view of that."""
         length = tensor.shape[2]
         if present is not None and length <= present.length and present.is_start(tensor):
-            return cls(present.storage, length)
+            return cls(present.storage, length, present.shown)
         side = cls.empty(tensor, length, tensor.device)
         side.append(tensor)
         return side
@@ -58,8 +59,14 @@ class _Side:
             and tensor.storage_offset() == start.storage_offset()
         )
 
+    def show(self) -> torch.Tensor:
+        self.shown = max(self.shown, self.length)
+        return self.view
+
     def reserve(self, tokens: int) -> None:
-        if tokens > self.storage.shape[1]:
+        """Room for `tokens`, none of it seen by anyone."""
+        if tokens > self.storage.shape[1] or self.shown > self.length:
+            self.shown = 0
             larger = _Side.empty(self.view, tokens, self.storage.device)
             larger.append(self.view)
             self.storage = larger.storage
@@ -80,7 +87,7 @@ class PreallocatedLayer(DynamicLayer):
 
     @property
     def keys(self) -> torch.Tensor | None:
-        return None if self._keys is None else self._keys.view
+        return None if self._keys is None else self._keys.show()
 
     @keys.setter
     def keys(self, tensor: torch.Tensor | None) -> None:
@@ -88,7 +95,7 @@ class PreallocatedLayer(DynamicLayer):
 
     @property
     def values(self) -> torch.Tensor | None:
-        return None if self._values is None else self._values.view
+        return None if self._values is None else self._values.show()
 
     @values.setter
     def values(self, tensor: torch.Tensor | None) -> None:
@@ -113,7 +120,14 @@ class PreallocatedLayer(DynamicLayer):
         for side, states in ((self._keys, key_states), (self._values, value_states)):
             side.reserve(side.length + states.shape[2])
             side.append(states)
-        return self.keys, self.values
+        return self._keys.view, self._values.view
+
+    def crop(self, tokens_to_remove: int) -> None:
+        shown = [side and side.shown for side in (self._keys, self._values)]
+        super().crop(tokens_to_remove)
+        for side, before in zip((self._keys, self._values), shown, strict=True):
+            if side is not None:
+                side.shown = before
 
     def reset(self) -> None:
         self.keys = self.values = None
@@ -123,6 +137,8 @@ class PreallocatedLayer(DynamicLayer):
         """In place: the storages stay where they are."""
         for side in (self._keys, self._values):
             if side is not None:
+                if side.shown:
+                    side.storage, side.shown = side.storage.clone(), 0
                 filled = side.storage[:, : side.length]
                 filled.copy_(filled.index_select(0, beam_idx.to(filled.device)))
 

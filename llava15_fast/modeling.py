@@ -239,12 +239,13 @@ class LlavaOnevision1_5PreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', after a look at a local folder's files.
+        """As transformers', after a look at a local folder's files; from safetensors files only, unless asked otherwise.
 
         Raises:
             OSError: a safetensors file of the folder is missing or corrupt; the message names it.
         """
         check_checkpoint_files(pretrained_model_name_or_path)
+        kwargs.setdefault("use_safetensors", True)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:

@@ -42,6 +42,7 @@ from .modeling import (
     LlavaOnevision1_5VisionBlock,
     LlavaOnevision1_5VisionMLP,
     LlavaOnevision1_5VisionModel,
+    LlavaOnevision1_5VisionPatchEmbed,
     LlavaOnevision1_5VisionPatchMerger,
     LlavaOnevision1_5VisionRotaryEmbedding,
 )
@@ -90,6 +91,14 @@ _LAYER = "language_model.layers.*"
 _BLOCK = "visual.blocks.*"
 
 TARGETS: tuple[Target, ...] = (
+    Target(
+        "visual",
+        LlavaOnevision1_5VisionModel,
+        ("pixel_values", "layout"),
+        vision.embed_patches,
+        ("layer_norm",),
+        attribute="embed_patches",
+    ),
     Target(
         "visual",
         LlavaOnevision1_5VisionModel,
@@ -145,6 +154,9 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target(f"{_BLOCK}.mlp", LlavaOnevision1_5VisionMLP, ("hidden_states",), None),
     *(Target(f"{_BLOCK}.{norm}", nn.LayerNorm, ("input",), None) for norm in ("norm1", "norm2")),
+    Target("visual.patch_embed", LlavaOnevision1_5VisionPatchEmbed, ("pixel_values",), None),
+    Target("visual.patch_embed.proj", nn.Conv2d, ("input",), None),
+    Target("visual.pre_layernorm", nn.LayerNorm, ("input",), None),
     Target("visual.merger", LlavaOnevision1_5VisionPatchMerger, ("hidden_states",), None),
     Target("visual.merger.ln_q", nn.LayerNorm, ("input",), None),
     Target(
@@ -218,6 +230,7 @@ def patch(model: nn.Module, backend: Backend = "auto", *, cuda_graph: bool = Tru
         for target, path, module in found:
             if target.replacement is not None:
                 _install(target, path, module, backend)
+        text.fuse_weights(language_model)
         if cuda_graph:
             language_model.__dict__[GRAPHS] = DecodeGraphs(DECODE_GRAPHS)
             _inner(root).visual.__dict__[GRAPHS] = Graphs(VISION_GRAPHS)
@@ -333,6 +346,13 @@ def _find_model(model: Any) -> LlavaOnevision1_5ForConditionalGeneration | Llava
     """The model with the language head in `model`, or the model without where there is no head."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     found = [module for module in modules if isinstance(module, LlavaOnevision1_5Model)]
+    if foreign := [
+        module for module in modules if type(module).__name__ == LlavaOnevision1_5Model.__name__ and module not in found
+    ]:
+        raise TypeError(
+            f"{type(foreign[0]).__module__} has a {type(foreign[0]).__name__} of its own, which is not known here: load the "
+            "model with llava15_fast.LlavaOnevision1_5ForConditionalGeneration"
+        )
     if len(found) != 1:
         raise TypeError(
             f"{type(model).__name__} holds {len(found)} models of class LlavaOnevision1_5Model, expected one: pass a "

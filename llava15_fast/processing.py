@@ -31,19 +31,20 @@ IMAGE_OPTIONS = frozenset(Qwen2VLImageProcessorKwargs.__annotations__) - {"retur
 """Options of a call that go to the image processor; every other one goes to the tokenizer."""
 
 
-def read_image(source: ImageSource) -> Image.Image | np.ndarray | torch.Tensor:
-    """An upright RGB image of a path, an address, base64 text or a Pillow image, or of a grey array; arrays with colours are
-    returned as they are.
+def read_image(source: ImageSource, channels: str | None = None) -> Image.Image:
+    """An upright 8-bit RGB image of a path, an address, base64 text, a Pillow image, or an array.
+
+    Args:
+        source: arrays are (h, w), (h, w, c) or (c, h, w) with one, three or four channels. Booleans are black and white;
+            floats up to 1 count from 0 to 1, other values from 0 to 255, or to 65535 if one is above 255. Transparency is
+            dropped.
+        channels: "channels_first" or "channels_last", for an array whose shape does not tell.
 
     Raises:
         ValueError: the image cannot be read; the message names it.
     """
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        if 0 in source.shape:
-            raise ValueError(f"an image array of shape {tuple(source.shape)} holds no pixels")
-        if source.ndim != 2:
-            return source
-        source = Image.fromarray(np.asarray(source))
+        source = _from_array(source, channels)
     if not isinstance(source, (str, PathLike, Image.Image)):
         raise ValueError(
             f"an image is given as {type(source).__name__}, expected a path, an address, a Pillow image or an array"
@@ -59,13 +60,16 @@ def read_image(source: ImageSource) -> Image.Image | np.ndarray | torch.Tensor:
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
-            image = _to_8_bit(image)
-        return image.convert("RGB")
+            # Pillow's own conversion clips 16-bit values at 255, which turns most such images white.
+            image = Image.fromarray(_to_8_bit(np.asarray(image)))
+        image = image.convert("RGB")
+        image.info.pop("transparency", None)  # transformers would paint that colour white
+        return image
     except FileNotFoundError:
         raise ValueError(f"no image file {name}") from None
     except UnidentifiedImageError:
         raise ValueError(f"cannot read image {name}: not an image that Pillow knows") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders let anything out: OSError, SyntaxError, struct.error, IndexError, ...
         raise ValueError(f"cannot read image {name}: {error}") from None
 
 
@@ -73,16 +77,57 @@ def _is_base64(text: str) -> bool:
     return len(text) > 64 and re.fullmatch(r"[A-Za-z0-9+/\s]+={0,2}\s*", text) is not None and not Path(text[:255]).exists()
 
 
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    # Pillow's own conversion clips 16-bit values at 255, which turns most such images white.
-    values = np.asarray(image).astype(np.float64)
-    scale = 65535.0 if values.max(initial=0.0) > 255 else 255.0
-    return Image.fromarray((values.clip(0, scale) * (255.0 / scale)).round().astype(np.uint8))
+def _from_array(array: np.ndarray | torch.Tensor, channels: str | None) -> Image.Image:
+    if isinstance(array, torch.Tensor):
+        array = array.detach().to("cpu", torch.float32 if array.dtype == torch.bfloat16 else array.dtype).numpy()
+    if 0 in array.shape:
+        raise ValueError(f"an image array of shape {array.shape} holds no pixels")
+    counts, shape = (1, 3, 4), array.shape
+    first, last = array.ndim == 3 and array.shape[0] in counts, array.ndim == 3 and array.shape[-1] in counts
+    if first and last and channels is None:
+        raise ValueError(
+            f"an image array of shape {array.shape} may have its channels first or last: say which, "
+            "input_data_format='channels_first' or 'channels_last'"
+        )
+    if array.ndim == 3 and (first if channels is None else str(channels).endswith("first")):
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in counts):
+        raise ValueError(f"an image array has shape {shape}, expected (h, w), (h, w, c) or (c, h, w) with c 1, 3 or 4")
+    array = _to_8_bit(array)
+    if array.ndim == 3:
+        array = array[..., 0] if array.shape[-1] == 1 else array[..., :3]
+    return Image.fromarray(array)
+
+
+def _to_8_bit(values: np.ndarray) -> np.ndarray:
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == bool:
+        return values * np.uint8(255)
+    if values.dtype.kind not in "iuf":
+        raise ValueError(f"an image array has dtype {values.dtype}, expected booleans, integers or floats")
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= 65535):  # nor NaN
+        raise ValueError(f"an image array has values from {low} to {high}, expected 0 to 1, to 255 or to 65535")
+    scale = 65535.0 if high > 255 else 1.0 if high <= 1 and values.dtype.kind == "f" else 255.0
+    return (values.astype(np.float64) * (255.0 / scale)).round().astype(np.uint8)
+
+
+def _prepare(source: ImageSource, options: dict[str, Any]) -> Image.Image | np.ndarray | torch.Tensor:
+    """What goes to the image processor: an 8-bit image, but an array whose caller has resized or rescaled it goes as it is."""
+    done = options.get("do_resize") is False or options.get("do_rescale") is False
+    if done and isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim == 3 and 0 not in source.shape:
+        return source
+    return read_image(source, options.get("input_data_format"))
+
+
+def _without_format(options: dict[str, Any], image: Any) -> dict[str, Any]:
+    return {k: v for k, v in options.items() if k != "input_data_format"} if isinstance(image, Image.Image) else options
 
 
 def _flatten(items: Any) -> Iterator[Any]:
-    """The images of an image, a list, or a list of lists, in order."""
-    if isinstance(items, (list, tuple)):
+    """The images of an image, a list, a list of lists, or an array of images, in order."""
+    if isinstance(items, (list, tuple)) or (isinstance(items, (np.ndarray, torch.Tensor)) and items.ndim == 4):
         for item in items:
             yield from _flatten(item)
     else:
@@ -191,7 +236,7 @@ class LlavaOnevision1_5Processor(ProcessorMixin):
         data: dict[str, Any] = {}
         image_tokens: list[int] = []
         video_tokens: list[int] = []
-        if images is not None and (flat := [read_image(image) for image in _flatten(images)]):
+        if images is not None and (flat := [_prepare(image, image_options) for image in _flatten(images)]):
             data["pixel_values"], data["image_grid_thw"] = self._patches(flat, image_options)
             image_tokens = self._merged_tokens(data["image_grid_thw"])
         if videos is not None and (clips := list(_videos(videos))):
@@ -215,7 +260,8 @@ class LlavaOnevision1_5Processor(ProcessorMixin):
             options = {key: value for key, value in options.items() if key not in ("min_pixels", "max_pixels")}
             options["size"] = limits
         # One call per image: the arrays of one call must agree in where their channels are, files need not.
-        features = [self.image_processor(image, return_tensors="np", **options) for image in images]
+        # Where an array's channels are is known by now, unless it goes on as it is.
+        features = [self.image_processor(image, return_tensors="np", **_without_format(options, image)) for image in images]
         return (
             np.concatenate([feature["pixel_values"] for feature in features]),
             np.concatenate([feature["image_grid_thw"] for feature in features]),
@@ -223,7 +269,7 @@ class LlavaOnevision1_5Processor(ProcessorMixin):
 
     def _video_patches(self, frames: list[Any], options: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         try:
-            images = [read_image(frame) for frame in frames]
+            images = [_prepare(frame, options) for frame in frames]
         except ValueError as error:
             raise ValueError(f"{error}; a video is given as its frames, a file has to be decoded first") from None
         patches, grids = self._patches(images, options)

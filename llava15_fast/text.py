@@ -83,6 +83,7 @@ def text_model_forward(
         site.fall_back(reason)
         return type(module).forward(module, **inputs)
 
+    goes_on = use_cache is not None  # `generate` says it, and reads what follows the last token, be it padding
     use_cache = module.config.use_cache if use_cache is None else use_cache
     if use_cache and past_key_values is None:
         past_key_values = DynamicCache(config=module.config)
@@ -91,7 +92,7 @@ def text_model_forward(
         return type(module).forward(module, **inputs)
     if past_key_values is not None and not past_key_values.layers[0].is_initialized and GRAPHS in module.__dict__:
         module.__dict__[GRAPHS].lend(past_key_values, *given.shape[:2], module.norm.weight)
-    layout = TextLayout.of(module, given, attention_mask, position_ids, past_key_values)
+    layout = TextLayout.of(module, given, attention_mask, position_ids, past_key_values, goes_on)
     if isinstance(layout, str):
         site.fall_back(layout)
         return type(module).forward(module, **{**inputs, "past_key_values": past_key_values})
@@ -171,6 +172,7 @@ class TextLayout:
         attention_mask: Any,
         position_ids: torch.Tensor | None,
         cache: Cache | None,
+        goes_on: bool = False,
     ) -> TextLayout | str:
         """The layout for `given` (B, L, ...) behind what the cache holds, which gets room for it; or why there is none."""
         batch, length = given.shape[:2]
@@ -186,6 +188,8 @@ class TextLayout:
             return "the positions describe packed sequences"
         spans = [(0, total)] * batch
         if isinstance(attention_mask, LeftPadding):
+            if attention_mask.total != total:
+                return "the attention mask is not one flag per token"
             spans = [(start, total) for start in attention_mask.starts]
         elif attention_mask is not None:
             if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != (batch, total):
@@ -195,6 +199,10 @@ class TextLayout:
                 return "the attention mask has holes"
         starts_at = [max(start, past) for start, _ in spans]  # of the new tokens that are not padding
         ends_at = [max(end, past) for _, end in spans]
+        if starts_at == ends_at:
+            return "there is nothing but padding"
+        if goes_on and any(end < total for end in ends_at):
+            return "a prompt ends with padding"
         full = all(start == past and end == total for start, end in zip(starts_at, ends_at, strict=True))
 
         def indices(first: list[int], last: list[int], offset: int) -> torch.Tensor:
@@ -321,11 +329,21 @@ def run_layers(
         norm, mlp = layer.post_attention_layernorm, layer.mlp
         attended = attend(module.config, layer.self_attn, normed, layout, rope, storages, embeds.shape[0], backend)
         normed, residual = rms_norm(attended, norm.weight, norm.variance_epsilon, residual, backend=backend)
-        x = mlp.down_proj(silu_and_mul(project(mlp, GATE_UP, normed), backend=backend))
+        x = mlp.down_proj(_gated(mlp, normed, backend))
         normed, residual = rms_norm(x, next_norm.weight, next_norm.variance_epsilon, residual, backend=backend)
     if layout.rows is None:
         return normed.view(embeds.shape)
     return normed.new_zeros(embeds.shape).flatten(0, 1).index_copy_(0, layout.rows, normed).view(embeds.shape)
+
+
+def _gated(mlp: nn.Module, normed: torch.Tensor, backend: str) -> torch.Tensor:
+    if backend == "torch" and len(normed) > 1:
+        # Halves of rows are slow to read for torch's elementwise loops, and products of many rows gain nothing side by side.
+        gate, up = mlp.gate_proj(normed), mlp.up_proj(normed)
+        if is_plain(mlp.gate_proj):  # nobody else holds its output
+            return nn.functional.silu(gate, inplace=True).mul_(up)
+        return nn.functional.silu(gate) * up
+    return silu_and_mul(project(mlp, GATE_UP, normed), backend=backend)
 
 
 def attend(
@@ -379,6 +397,15 @@ def project(module: nn.Module, names: tuple[str, ...], x: torch.Tensor) -> torch
     if fused is None:
         fused = module.__dict__[FUSED] = FusedLinear()
     return fused(x, [module._modules[name] for name in names])
+
+
+def fuse_weights(module: nn.Module) -> None:
+    """Lays the weights of all layers of a text model side by side, where that is possible."""
+    for layer in module.layers:
+        for part, names in (("self_attn", QKV), ("mlp", GATE_UP)):
+            owner = getattr(layer, part)
+            fused = owner.__dict__[FUSED] = FusedLinear()
+            fused.prepare([owner._modules[name] for name in names])
 
 
 def release_weights(module: nn.Module) -> None:

@@ -27,7 +27,7 @@ import triton.language as tl
 from ._dispatch import LAUNCH_OPTIONS, Backend, cdiv, choose_backend, device_guard, next_power_of_2, warps_for
 from .cost import Cost, declares_cost, nbytes
 from .flash_attn import MAX_HEAD_DIM
-from .norms import rms_norm_ref
+from .norms import rms_norm_torch
 
 
 @triton.jit
@@ -308,6 +308,10 @@ def qk_norm_rope(
         return torch.ops.llava15.qk_norm_rope(q, k, q_weight, k_weight, eps, position_ids, inv_freq, attention_scaling)
     if chosen == "torch":
         q, k = qk_norm_rope_ref(q, k, q_weight, k_weight, eps, position_ids, inv_freq, attention_scaling)
+        # A compiled graph cannot depend on values: there, a row outside is torch's error.
+        inside = (slot_mapping >= 0) & (slot_mapping < k_cache.shape[0])
+        if not torch.compiler.is_compiling() and not inside.all():
+            slot_mapping, k, v = (x[inside][None] for x in (slot_mapping, k, v))
         write_rows(k_cache, v_cache, slot_mapping, k, v)
         return q
     return torch.ops.llava15.qk_norm_rope_into_cache(
@@ -389,9 +393,10 @@ def qk_norm_rope_ref(
 def rope_tables(
     position_ids: torch.Tensor, inv_freq: torch.Tensor, attention_scaling: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (B or 1, L, 1, head_dim / 2), the same for every layer."""
+    """cos and sin of cat(angles, angles), each (B or 1, L, 1, head_dim), the same for every layer."""
     wide = torch.promote_types(inv_freq.dtype, torch.float32)
     angles = (position_ids[..., None].to(wide) * inv_freq.to(wide))[:, :, None]
+    angles = torch.cat([angles, angles], dim=-1)
     return angles.cos() * attention_scaling, angles.sin() * attention_scaling
 
 
@@ -407,19 +412,18 @@ def norm_and_rotate(
     """`qk_norm_rope_ref` with the tables made before."""
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
-        first, second = x.to(cos.dtype).chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+        x, dtype = x.to(cos.dtype), x.dtype
+        first, second = x.chunk(2, dim=-1)
+        # Whole rows at a time: torch's elementwise loops are slow on halves.
+        return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(dtype)
 
-    return rotate(rms_norm_ref(q, q_weight, eps)), rotate(rms_norm_ref(k, k_weight, eps))
+    return rotate(rms_norm_torch(q, q_weight, eps)), rotate(rms_norm_torch(k, k_weight, eps))
 
 
 def write_rows(
     k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> None:
-    """Keys and values (B, L, kv_heads, head_dim) into the rows `slot_mapping` of the caches, for the torch backend."""
-    rows, keys, values = slot_mapping.flatten().long(), k.flatten(0, 1), v.flatten(0, 1)
-    # A compiled graph cannot depend on values: there, a row outside is torch's error.
-    if not torch.compiler.is_compiling() and not (inside := (rows >= 0) & (rows < k_cache.shape[0])).all():
-        rows, keys, values = rows[inside], keys[inside], values[inside]
-    k_cache.index_copy_(0, rows, keys)
-    v_cache.index_copy_(0, rows, values)
+    """Keys and values (B, L, kv_heads, head_dim) into the rows `slot_mapping` of the caches, all of which exist."""
+    rows = slot_mapping.flatten().long()
+    k_cache.index_copy_(0, rows, k.flatten(0, 1))
+    v_cache.index_copy_(0, rows, v.flatten(0, 1))

@@ -68,12 +68,13 @@ def test_a_cache_goes_on_after_a_failed_step(tiny, prompt, monkeypatch):
 
 def test_no_memory_to_fuse_weights(tiny, prompt, monkeypatch, caplog):
     expected = tiny.generate(**prompt, **OPTIONS)
-    handle = llava15_fast.patch(tiny, "torch")
+    fusing._log_no_memory.cache_clear()
 
     def full(weights):
         raise torch.OutOfMemoryError("full")
 
     monkeypatch.setattr(fusing, "side_by_side", full)
+    handle = llava15_fast.patch(tiny, "torch")
     assert torch.equal(tiny.generate(**prompt, **OPTIONS), expected)
     assert not any(row.fallbacks for row in handle.report().rows) and "run one by one" in caplog.text
 

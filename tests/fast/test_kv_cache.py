@@ -153,8 +153,8 @@ def test_cropping_keeps_the_storage_and_what_follows_overwrites():
         for one in (cache, stock):
             one.crop(-tokens)
         update([cache, stock], 2, tokens + 1)
+        assert_equal(copy.deepcopy(cache), stock)  # who reads keys keeps them as they are
     assert addresses(cache) == before
-    assert_equal(cache, stock)
 
 
 def test_cropping_everything():
@@ -191,8 +191,8 @@ def test_beams_stay_in_their_storage():
         for one in (cache, stock):
             one.reorder_cache(torch.tensor(order))
         update([cache, stock], 3, 1)
+        assert_equal(copy.deepcopy(cache), stock)  # who reads keys keeps them as they are
     assert addresses(cache) == before
-    assert_equal(cache, stock)
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def test_hooks_on_fused_modules_are_not_skipped(tiny, inputs, backend):
     seen = []
     layer, merger = tiny.model.language_model.layers[1], tiny.model.visual.merger
     hooked = [layer, layer.post_attention_layernorm, layer.mlp, layer.mlp.act_fn, layer.self_attn.q_norm]
-    hooked += [merger, merger.ln_q, tiny.model.visual.blocks[0].norm2]
+    hooked += [merger, merger.ln_q, tiny.model.visual.blocks[0].norm2, tiny.model.visual.patch_embed]
     handles = [module.register_forward_hook(lambda module, args, output: seen.append(module)) for module in hooked]
     handle = llava15_fast.patch(tiny, backend)
     torch.testing.assert_close(logits(tiny, inputs), expected, rtol=0, atol=1e-4)
@@ -263,7 +263,7 @@ def test_new_weights_are_used(tiny, inputs, change):
     found = logits(tiny, inputs)
     assert not any(row.fallbacks for row in handle.report().rows)
     llava15_fast.unpatch(tiny)
-    torch.testing.assert_close(found, logits(tiny, inputs), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, logits(tiny, inputs), rtol=0, atol=1e-4)
 
 
 def test_weights_fused_in_inference_mode_can_be_trained(tiny, inputs):

@@ -1,0 +1,496 @@
+"""Whole answers, end to end: what a user waits for, against what they would use instead.
+
+    python -m benchmarks.generate --config 4b|8b|tiny|DIR [--image-size 1120] [--images 1] [--batch 1] [--context 64]
+
+Random weights at the real shapes, random images and prompts; nothing is downloaded. A prompt is its images' placeholders and
+`--context` tokens of text. Greedy search with an end token that never comes, so that every provider tests for the end.
+
+| figure                    | from                                                                                       |
+|---------------------------|--------------------------------------------------------------------------------------------|
+| `preprocessing_ms`        | the Pillow image processor, on the CPU, for all images of the batch                        |
+| `vision_ms`               | the vision tower alone                                                                     |
+| `time_to_first_token_ms`  | `generate` of one token: vision, prompt, first token                                       |
+| `generate_ms`             | `generate` of all tokens                                                                   |
+| `ms_per_token`            | (the last - the one before) / (tokens - 1)                                                 |
+| `first_call_s`            | the first `generate` of all in this process, `kernels_compiled` in it                      |
+| `peak_gb`                 | the most memory that torch held during `generate`, weights included                        |
+
+Before a provider is timed it is verified on the timed prompts: logits of the last prompt token and of `FORCED` given tokens
+after it, decoded one by one (through the graph, where there is one), against the same weights in float32, by the error rule of
+`llava15_kernels.testing` with transformers' sdpa as what may be expected of the dtype. In float32 the token ids have to be
+those of sdpa too. What fails is a row without times, and exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import Qwen3ForCausalLM, StaticCache
+from transformers.initialization import no_init_weights
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+import llava15_fast
+from llava15_fast import LlavaOnevision1_5Config, LlavaOnevision1_5ForConditionalGeneration
+from llava15_kernels.testing import assert_close, worst
+
+from .counting import config_of
+from .rows import Rows, environment
+from .timing import Timing
+
+SEED = 20260923
+FORCED = 6
+"""A decode step is captured when it comes for the second time and replayed from then on."""
+VERIFIED_PATCHES, VERIFIED_TOKENS = 30_000, 20_000
+"""Of a batch that is verified as a whole, for float32 needs room. Beyond, only its first prompts are."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is asked: `batch` prompts, each of `images` square images and `context` tokens of text, `new_tokens` answered."""
+
+    image_size: int = 1120
+    images: int = 1
+    batch: int = 1
+    context: int = 64
+    new_tokens: int = 256
+
+    def __str__(self) -> str:
+        images = f"{self.images} x {self.image_size}x{self.image_size} + " if self.images else ""
+        return f"batch {self.batch}, {images}{self.context} + {self.new_tokens} tokens"
+
+
+# --- the model
+
+
+def tiny_config() -> LlavaOnevision1_5Config:
+    text = {
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 512, "max_position_embeddings": 4096,
+    }  # fmt: skip
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "depth": 2, "text_hidden_size": 128}
+    ids = {"image_token_id": 500, "video_token_id": 501, "vision_start_token_id": 502, "vision_end_token_id": 503}
+    return LlavaOnevision1_5Config(text_config=text, vision_config=vision, **ids)
+
+
+def end_token(config: LlavaOnevision1_5Config) -> int:
+    return config.text_config.vocab_size - 1
+
+
+@torch.no_grad()
+def build(name: str, device: torch.device, dtype: torch.dtype) -> LlavaOnevision1_5ForConditionalGeneration:
+    """The model "4b", "8b" or "tiny" with random weights, made on the device; or the checkpoint of a folder."""
+    if name not in ("4b", "8b", "tiny"):
+        return LlavaOnevision1_5ForConditionalGeneration.from_pretrained(name, dtype=dtype).eval().to(device)
+    config = tiny_config() if name == "tiny" else config_of(name)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device), no_init_weights():
+            model = LlavaOnevision1_5ForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    torch.manual_seed(SEED)
+    for path, parameter in model.named_parameters():
+        scale = parameter.ndim < 2 and path.endswith("weight")
+        parameter.normal_(1.0 if scale else 0.0, 0.1 if scale else 0.02)
+    # Its logit is 0, which is never the largest of so many.
+    model.lm_head.weight[end_token(config)] = 0.0
+    return model
+
+
+@contextlib.contextmanager
+def in_float32(model: torch.nn.Module) -> Iterator[None]:
+    """The same weights, widened in place and narrowed again, which gives back every bit."""
+    dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
+    tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        for parameter in dtypes:
+            parameter.data = parameter.data.float()
+        # The patch embedding is a convolution, which cuDNN would round to TF32; matrix products are not, by default.
+        torch.backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
+        for parameter, dtype in dtypes.items():
+            parameter.data = parameter.data.to(dtype)
+
+
+# --- the prompts
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Inputs of `generate` on the device, and the images they were made of."""
+
+    inputs: dict[str, torch.Tensor]
+    images: list[np.ndarray]
+    patches: int
+
+    @classmethod
+    def make(cls, config: LlavaOnevision1_5Config, shape: Shape, device: torch.device) -> Prompts:
+        random, vision = np.random.default_rng(SEED), config.vision_config
+        side = vision.patch_size * vision.spatial_merge_size
+        if shape.images and shape.image_size % side:
+            raise ValueError(f"image size {shape.image_size}: expected a multiple of {side}, so that nothing is resized")
+        size = (shape.image_size, shape.image_size, 3)
+        images = [random.integers(0, 256, size, dtype=np.uint8) for _ in range(shape.batch * shape.images)]
+        placeholders = [config.image_token_id] * (shape.image_size // side) ** 2
+        image = [config.vision_start_token_id, *placeholders, config.vision_end_token_id]
+        words = min(config.image_token_id, config.text_config.vocab_size) - 16
+        rows = [[*image * shape.images, *random.integers(8, words, shape.context).tolist()] for _ in range(shape.batch)]
+        ids = torch.tensor(rows, device=device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if images:
+            inputs |= {name: value.to(device) for name, value in preprocess(config, images).items()}
+        patches = int(inputs["image_grid_thw"].prod(-1).sum()) if images else 0
+        return cls(inputs, images, patches)
+
+    def first(self, prompts: int, images: int) -> dict[str, torch.Tensor]:
+        """The inputs of the first `prompts` prompts of `images` images each."""
+        inputs = {name: self.inputs[name][:prompts] for name in ("input_ids", "attention_mask")}
+        if self.images:
+            grids = self.inputs["image_grid_thw"][: prompts * images]
+            inputs["image_grid_thw"] = grids
+            inputs["pixel_values"] = self.inputs["pixel_values"][: int(grids.prod(-1).sum())]
+        return inputs
+
+
+def preprocess(config: LlavaOnevision1_5Config, images: list[np.ndarray]) -> dict[str, torch.Tensor]:
+    vision = config.vision_config
+    pixels = max(image.shape[0] * image.shape[1] for image in images)
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=vision.patch_size, merge_size=vision.spatial_merge_size, temporal_patch_size=vision.temporal_patch_size,
+        size={"shortest_edge": 1, "longest_edge": pixels},
+    )  # fmt: skip
+    return dict(processor(images, return_tensors="pt"))
+
+
+# --- who answers
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A model set up to answer: `generate` and plain forwards of it; `cache()` for the latter."""
+
+    model: Any
+    options: dict[str, Any]
+    cache: Callable[[int], Any] = lambda tokens: None
+
+
+@contextlib.contextmanager
+def _patched(model: Any, shape: Shape, **options: Any) -> Iterator[Answerer]:
+    model.set_attn_implementation("sdpa")
+    with llava15_fast.patched(model, **options):
+        yield Answerer(model, {})
+
+
+@contextlib.contextmanager
+def _unpatched(model: Any, shape: Shape, attention: str) -> Iterator[Answerer]:
+    model.set_attn_implementation(attention)
+    yield Answerer(model, {})
+
+
+@contextlib.contextmanager
+def _static(model: Any, shape: Shape) -> Iterator[Answerer]:
+    """transformers' fastest way with the text model: a static cache, and on a GPU its decode step compiled.
+
+    Raises:
+        NotImplementedError: there are images; transformers knows only the plain text model.
+    """
+    if shape.images:
+        raise NotImplementedError("for text only")
+    model.set_attn_implementation("sdpa")
+    with torch.device("meta"), no_init_weights():
+        text = Qwen3ForCausalLM(model.config.text_config).eval()
+    text.model, text.lm_head = model.model.language_model, model.lm_head
+    try:
+        yield Answerer(text, {"cache_implementation": "static"}, lambda tokens: StaticCache(text.config, tokens))
+    finally:
+        torch._dynamo.reset()
+
+
+PROVIDERS: dict[str, Callable[..., contextlib.AbstractContextManager[Answerer]]] = {
+    "patched": _patched,
+    "sdpa": lambda model, shape: _unpatched(model, shape, "sdpa"),
+    "patched, no graph": lambda model, shape: _patched(model, shape, cuda_graph=False),
+    "eager": lambda model, shape: _unpatched(model, shape, "eager"),
+    "static + compile": _static,
+}
+
+
+def is_ours(provider: str) -> bool:
+    return provider.startswith("patched")
+
+
+def answer(answerer: Answerer, inputs: dict[str, torch.Tensor], tokens: int, end: int) -> torch.Tensor:
+    """(B, tokens) greedy ids.
+
+    Raises:
+        AssertionError: the end token came.
+    """
+    options = {"do_sample": False, "eos_token_id": end, "pad_token_id": end, **answerer.options}
+    ids = answerer.model.generate(**inputs, max_new_tokens=tokens, **options)
+    new = ids[:, inputs["input_ids"].shape[1] :]
+    assert new.shape[1] == tokens, f"{new.shape[1]} tokens were generated, expected {tokens}"
+    return new
+
+
+# --- verified
+
+
+@torch.no_grad()
+def forced_logits(answerer: Answerer, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(FORCED + 1, B, vocabulary), of the last prompt token and of given tokens after it, each decoded by itself."""
+    ids = inputs["input_ids"]
+    given = torch.randint(8, 256, (FORCED, len(ids), 1), generator=torch.Generator().manual_seed(SEED)).to(ids.device)
+    cache, length = answerer.cache(ids.shape[1] + FORCED), ids.shape[1]
+    positions = {} if cache is None else {"position_ids": torch.arange(length, device=ids.device)[None].expand(len(ids), -1)}
+    output = answerer.model(**inputs, **positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    logits, cache = [output.logits[:, -1]], output.past_key_values
+    mask = inputs["attention_mask"]
+    for step, tokens in enumerate(given):
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        if positions:
+            positions = {"position_ids": torch.full_like(tokens, length + step)}
+        output = answerer.model(
+            input_ids=tokens, attention_mask=mask, **positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        logits.append(output.logits[:, -1])
+    return torch.stack(logits)
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """What is known of the right answer to some prompts."""
+
+    inputs: dict[str, torch.Tensor]
+    exact: torch.Tensor
+    expected: torch.Tensor
+    ids: torch.Tensor | None
+    end: int
+
+    @classmethod
+    def make(cls, model: Any, prompts: Prompts, shape: Shape, end: int) -> Verifier:
+        tokens, patches = prompts.inputs["input_ids"].shape[1], max(1, prompts.patches // shape.batch)
+        count = max(1, min(shape.batch, VERIFIED_PATCHES // patches, VERIFIED_TOKENS // tokens))
+        inputs = prompts.first(count, shape.images)
+        with PROVIDERS["sdpa"](model, shape) as answerer:
+            with in_float32(model):
+                exact = forced_logits(answerer, inputs).double()
+            expected = forced_logits(answerer, inputs)
+            exactly = next(model.parameters()).dtype == torch.float32
+            ids = answer(answerer, inputs, min(shape.new_tokens, 16), end) if exactly else None
+        return cls(inputs, exact, expected, ids, end)
+
+    def check(self, answerer: Answerer, what: str) -> dict[str, Any]:
+        """What is to be said in a row.
+
+        Raises:
+            AssertionError: the logits break the error rule, or a token id in float32 is another.
+        """
+        logits = forced_logits(answerer, self.inputs)
+        assert_close(logits, self.expected, self.exact, f"{what}: logits")
+        if self.ids is not None:
+            ids = answer(answerer, self.inputs, self.ids.shape[1], self.end)
+            assert torch.equal(ids, self.ids), f"{what}: token ids {ids.tolist()}, expected {self.ids.tolist()}"
+        return {
+            "verified": True,
+            "verified_prompts": len(self.inputs["input_ids"]),
+            "logits_error": worst(logits, self.exact)[0],
+            "sdpa_logits_error": worst(self.expected, self.exact)[0],
+        }
+
+
+# --- timed
+
+
+def seconds(call: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def quantiles(samples: list[float]) -> dict[str, float]:
+    found = Timing.of(samples, "perf_counter")
+    return {name: round(getattr(found, name), 3) for name in ("p10", "p50", "p90")}
+
+
+def time_answers(answerer: Answerer, prompts: Prompts, shape: Shape, end: int, repeats: int) -> dict[str, Any]:
+    """The figures of the module's table, of one provider."""
+    inputs, device = prompts.inputs, prompts.inputs["input_ids"].device
+
+    def ask(tokens: int) -> float:
+        return seconds(lambda: answer(answerer, inputs, tokens, end), device)
+
+    compiled = _compiled_kernels()
+    row: dict[str, Any] = {"first_call_s": round(ask(shape.new_tokens), 3), "kernels_compiled": _compiled_kernels() - compiled}
+    ask(shape.new_tokens)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    first, whole = zip(*((1e3 * ask(1), 1e3 * ask(shape.new_tokens)) for _ in range(repeats)), strict=True)
+    each = [(all_ - one) / (shape.new_tokens - 1) for one, all_ in zip(first, whole, strict=True)]
+    row |= {
+        "time_to_first_token_ms": quantiles(first),
+        "generate_ms": quantiles(whole),
+        "ms_per_token": quantiles(each),
+        "tokens_per_s": round(1e3 * shape.batch / quantiles(each)["p50"], 1),
+        "peak_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 2) if device.type == "cuda" else None,
+        "repetitions": repeats,
+    }
+    if shape.images:
+        pixels, grids = inputs["pixel_values"].to(answerer.model.dtype), inputs["image_grid_thw"]
+        with torch.no_grad():
+            taken = [1e3 * seconds(lambda: answerer.model.model.visual(pixels, grid_thw=grids), device) for _ in range(repeats)]
+        row["vision_ms"] = quantiles(taken)
+    return row
+
+
+def _compiled_kernels() -> int:
+    folder = Path(triton.knobs.cache.dir)
+    return sum(1 for _ in folder.glob("*/*.json")) if folder.is_dir() else 0
+
+
+def measure(
+    model: Any,
+    name: str,
+    shape: Shape,
+    providers: list[str],
+    repeats: int,
+    device: torch.device,
+    failed: Callable[[Exception], None] = lambda error: None,
+) -> Iterator[dict[str, Any]]:
+    """A row for each provider as it comes: timed if it could be verified. `failed` hears of any other error and may raise."""
+    end = end_token(model.config)
+    prompts = Prompts.make(model.config, shape, device)
+    about = {
+        "config": name, **asdict(shape), "prompt_tokens": prompts.inputs["input_ids"].shape[1],
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }  # fmt: skip
+    if shape.images:
+        taken = [1e3 * seconds(lambda: preprocess(model.config, prompts.images), device) for _ in range(min(repeats, 3))]
+        about["preprocessing_ms"] = quantiles(taken)
+    verifier = Verifier.make(model, prompts, shape, end)
+    for provider in providers:
+        row = {**about, "provider": provider}
+        try:
+            with PROVIDERS[provider](model, shape) as answerer:
+                row |= verifier.check(answerer, f"{name}, {shape}, {provider}")
+                row |= time_answers(answerer, prompts, shape, end, repeats)
+            yield {**row, "status": "ok"}
+        except NotImplementedError as reason:
+            yield {**row, "status": str(reason)}
+        except AssertionError as error:
+            yield {**row, "status": "wrong", "verified": False, "error": str(error)}
+        except Exception as error:
+            failed(error)
+            # A competitor that cannot run this is no failure; ours has to.
+            message = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+            yield {**row, "status": "failed" if is_ours(provider) else "cannot run", "verified": False, "error": message}
+
+
+def describe(row: dict[str, Any]) -> str:
+    """A row in words."""
+    shape = Shape(**{name: row[name] for name in Shape.__dataclass_fields__})
+    if row["status"] != "ok":
+        return f"{row['config']}, {shape}, {row['provider']}: {row['status']} {row.get('error', '')}".rstrip()
+    memory = "" if row["peak_gb"] is None else f", {row['peak_gb']} GB"
+    return (
+        f"{row['config']}, {shape}, {row['provider']:17}: first token {row['time_to_first_token_ms']['p50']:9.2f} ms, then "
+        f"{row['ms_per_token']['p50']:8.3f} ms each, all {row['generate_ms']['p50']:9.1f} ms{memory}"
+    )
+
+
+# --- the command
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Status 0: all was verified; 1: something is wrong; 130: stopped by hand."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.generate",
+        description="Times whole answers of the model: preprocessing, first token, every further token, memory, first call; "
+        "patched, unpatched with transformers' attentions, and the plain text model with a static cache and torch.compile. "
+        "Each provider is verified before it is timed. Several values of an option are combined with each other.",
+    )
+    several: dict[str, Any] = {"nargs": "+", "metavar": "N"}
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="4b|8b|tiny|DIR",
+        help="Random weights at these shapes, or a folder with a checkpoint.",
+    )
+    parser.add_argument("--image-size", type=positive, default=[1120], **several, help="Pixels on a side. Default: 1120.")
+    parser.add_argument(
+        "--images", type=int, default=[1], **several, help="Images in each prompt; 0 for text alone. Default: 1."
+    )
+    parser.add_argument(
+        "--batch", type=positive, default=[1], **several, help="Prompts that are answered together. Default: 1."
+    )
+    parser.add_argument("--context", type=positive, default=[64], **several, help="Tokens of text in each prompt. Default: 64.")
+    parser.add_argument("--new-tokens", type=positive, default=256, metavar="N", help="Tokens in each answer. Default: 256.")
+    parser.add_argument(
+        "--provider", choices=tuple(PROVIDERS), action="append", help="Only this one; may be repeated. Default: all of them."
+    )
+    parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="Answers that are timed. Default: 5.")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="Default: bfloat16 on a GPU, else float32.")
+    parser.add_argument(
+        "--out", type=Path, default=Path("generate"), metavar="DIR",
+        help="The folder that generate.jsonl and generate.log are written to, a row as soon as it is measured.",
+    )  # fmt: skip
+    parser.add_argument("--commit", help="The commit that the rows name; by default git's, or what the file COMMIT says.")
+    arguments = parser.parse_args(argv)
+    if arguments.config not in ("4b", "8b", "tiny") and not Path(arguments.config).is_dir():
+        parser.error(f"--config {arguments.config}: neither 4b, 8b or tiny nor a folder")
+    if arguments.new_tokens < 2:
+        parser.error("--new-tokens has to be at least 2, for a time per token")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    sizes, images, batches, contexts = arguments.image_size, arguments.images, arguments.batch, arguments.context
+    shapes = [Shape(*values, arguments.new_tokens) for values in itertools.product(sizes, images, batches, contexts)]
+    shapes = list(dict.fromkeys(shape if shape.images else Shape(0, 0, *list(asdict(shape).values())[2:]) for shape in shapes))
+    providers = arguments.provider or list(PROVIDERS)
+    rows = Rows(arguments.out, "generate", environment(arguments.commit))
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+    wrong = 0
+    try:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("building the model", total=len(shapes) * len(providers))
+            model = build(arguments.config, device, dtype)
+            for shape in shapes:
+                progress.update(task, description=str(shape))
+                for row in measure(model, arguments.config, shape, providers, arguments.repeats, device):
+                    rows.add(kind="generate", dry_run=False, **row)
+                    rows.log(describe(row))
+                    wrong += row["status"] in ("wrong", "failed")
+                    progress.advance(task)
+    except KeyboardInterrupt:
+        rows.log(f"stopped by hand; {len(rows.rows)} rows are in {rows.file}")
+        return 130
+    rows.log(f"{len(rows.rows)} rows in {rows.file}" + (f"; {wrong} of them wrong or failed" if wrong else ""))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

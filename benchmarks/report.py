@@ -1,0 +1,532 @@
+"""The README's section on speed and its pictures, from committed rows alone.
+
+    python -m benchmarks.report            writes both
+    python -m benchmarks.report --check    says whether the README is what the rows make of it
+
+| label     | from                                                                            |
+|-----------|---------------------------------------------------------------------------------|
+| measured  | `results/<device>/*.jsonl` of `gpu_check` and `generate`, `results/cpu/*.json`  |
+| counted   | `results/roofline/*.json`                                                       |
+| modelled  | the same: counts at the rates of a data sheet                                   |
+| published | `published.json`: others' own words                                             |
+
+Only rows that were verified count, of several the last. Where a number was not measured, "not measured yet" stands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import track
+
+from .rows import ROOT, results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BENCHMARKS = Path("benchmarks")
+PLOTS = BENCHMARKS / "results/plots"
+BEGIN, END = "<!-- speed: written by python -m benchmarks.report -->", "<!-- end of speed -->"
+NOT_YET = "not measured yet"
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that was committed.
+
+    Attributes:
+        rows: of GPU runs, verified, oldest first.
+        roofline: config -> document of `benchmarks.roofline`.
+        cpu: document of `benchmarks.cpu_ratio`, or None.
+        published: `published.json`.
+    """
+
+    rows: list[Row]
+    roofline: dict[str, Row]
+    cpu: Row | None
+    published: Row
+
+    @classmethod
+    def load(cls, root: Path = ROOT) -> Evidence:
+        folder = root / BENCHMARKS / "results"
+        cpu = folder / "cpu/ratio.json"
+        return cls(
+            [row for row in results(folder) if not row.get("dry_run") and row.get("verified")],
+            {file.stem: json.loads(file.read_text()) for file in sorted((folder / "roofline").glob("*.json"))},
+            json.loads(cpu.read_text()) if cpu.is_file() else None,
+            json.loads((root / BENCHMARKS / "published.json").read_text()),
+        )
+
+    def times(self, kernel: str, case: str | None = None) -> dict[tuple[str, str], Row]:
+        """(case, provider) -> the last timing of a kernel in bfloat16."""
+        return {
+            (row["case"], row["provider"]): row
+            for row in self.rows
+            if row["kind"] == "time" and row["kernel"] == kernel and row["dtype"] == "bfloat16" and case in (None, row["case"])
+        }
+
+    def answers(self, **wanted: Any) -> dict[str, Row]:
+        """provider -> the last answer with these figures, of batch 1 and text alone unless `wanted` says otherwise."""
+        wanted = {"batch": 1, "images": 0, **wanted}
+        return {
+            row["provider"]: row
+            for row in self.rows
+            if row["kind"] == "generate" and all(row[name] == value for name, value in wanted.items())
+        }
+
+    def counted(self, config: str, phase: str) -> dict[str, Row]:
+        """provider -> the roofline's row."""
+        document = self.roofline.get(config, {"rows": []})
+        return {row["provider"]: row for row in document["rows"] if row["phase"] == phase}
+
+
+# --- tables
+
+
+def table(*rows: tuple[str, ...]) -> str:
+    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
+
+
+def median(row: Row | None, figure: str, unit: str) -> str:
+    """A measured quantile with its device, or that there is none."""
+    if row is None or not row.get(figure):
+        return NOT_YET
+    return f"{row[figure]['p50']:.2f} {unit} ({short_device(row['device'])})"
+
+
+def short_device(name: str) -> str:
+    """ "NVIDIA H100 80GB HBM3" -> "H100"."""
+    found = re.search(r"\b(H100|H200|A100|L40S|MI300X|B200|A10G?|L4|T4)\b", name)
+    return found[1] if found else name
+
+
+DECODE = [(config, context) for config in ("4b", "8b") for context in (1024, 8192)]
+
+
+def decode_table(evidence: Evidence) -> str:
+    rows = [("", "floor", "patched, modelled", "patched, measured", "sdpa, modelled", "sdpa, measured")]
+    for config, context in DECODE:
+        counted, measured = evidence.counted(config, f"decode {context}"), evidence.answers(config=config, context=context)
+        modelled = {
+            provider: f"{row['modelled']['best_ms']:.1f} to {row['modelled']['worst_ms']:.1f} ms"
+            for provider, row in counted.items()
+        }
+        rows.append(
+            (
+                f"{config.upper()} behind {context} tokens",
+                f"{counted['patched']['floor']['ms']:.2f} ms",
+                *(
+                    text
+                    for provider in ("patched", "sdpa")
+                    for text in (modelled[provider], median(measured.get(provider), "ms_per_token", "ms"))
+                ),
+            )
+        )
+    return table(*rows)
+
+
+PHASES = (
+    ("vision 1120x1120", "an image of 1120 x 1120"),
+    ("prefill 1024", "a prompt of 1024"),
+    ("decode 1024", "a token behind 1024"),
+)
+
+
+def counts_table(evidence: Evidence) -> str:
+    rows = [("per forward", "launches: eager", "sdpa", "patched", "GB moved: eager", "sdpa", "patched", "TFLOP")]
+    for config in ("4b", "8b"):
+        for phase, title in PHASES:
+            found = evidence.counted(config, phase)
+            counted = [found[provider]["counted"] for provider in ("eager", "sdpa", "patched")]
+            rows.append(
+                (
+                    f"{config.upper()}, {title}",
+                    *(str(count["launches"]) for count in counted),
+                    *(f"{(count['bytes_read'] + count['bytes_written']) / 1e9:.1f}" for count in counted),
+                    f"{counted[-1]['flops'] / 1e12:.3g}",
+                )
+            )
+    return table(*rows)
+
+
+def answers_table(evidence: Evidence) -> str:
+    """One 1120 x 1120 image, 64 tokens of text, 256 new ones."""
+    rows = [("measured", "first token", "each token", "whole answer", "memory", "first call")]
+    for config in ("4b", "8b"):
+        found = evidence.answers(config=config, images=1, image_size=1120, context=64, new_tokens=256)
+        for provider, row in found.items():
+            figures = (median(row, figure, "ms") for figure in ("time_to_first_token_ms", "ms_per_token", "generate_ms"))
+            rows.append((f"{config.upper()}, {provider}", *figures, f"{row['peak_gb']} GB", f"{row['first_call_s']} s"))
+    return table(*rows) if len(rows) > 1 else f"{NOT_YET.capitalize()}."
+
+
+def published_table(evidence: Evidence) -> str:
+    rows = [("", "measured here", "published there", "by", "source")]
+    for figure in evidence.published["figures"]:
+        rows.append(
+            (
+                figure["what"],
+                ours_beside(evidence, figure["ours"]),
+                figure["value"],
+                f"{figure['by']}, {figure['on']}",
+                figure["source"],
+            )
+        )
+    return table(*rows)
+
+
+def ours_beside(evidence: Evidence, wanted: Row) -> str:
+    if "kernel" in wanted:
+        row = evidence.times(**wanted).get((wanted["case"], "ours"))
+        return NOT_YET if row is None else f"{row['rate']:.0f} {row['unit']} ({short_device(row['device'])})"
+    figure = wanted["figure"]
+    return median(evidence.answers(config=wanted["config"], context=wanted["context"]).get("patched"), figure, "ms")
+
+
+def memory_bound(evidence: Evidence) -> dict[str, dict[str, float]]:
+    """Kernel and case -> provider -> percent of a copy of as many bytes in the same run."""
+    found: dict[str, dict[str, float]] = {}
+    kernels = {row["kernel"]: None for row in evidence.rows if row["kind"] == "time" and row["provider"] == "copy"}
+    for kernel in kernels:
+        timings = evidence.times(kernel)
+        for (case, provider), row in timings.items():
+            copy = timings.get((case, "copy"))
+            if copy and provider != "copy" and row["bytes"] > 2e7:
+                found.setdefault(f"{kernel} {case}", {})[provider] = 100 * copy["p50_us"] / row["p50_us"]
+    return {title: by for title, by in found.items() if "ours" in by}
+
+
+def memory_table(evidence: Evidence) -> str:
+    found = memory_bound(evidence)
+    if not found:
+        return f"Kernels that are bound by memory, as a share of a copy of as many bytes in the same run: {NOT_YET}."
+    rows = [("percent of a copy of as many bytes, measured", "ours", "best of the others")]
+    for title, by in found.items():
+        others = {provider: percent for provider, percent in by.items() if provider != "ours"}
+        best = max(others, key=others.get, default=None)
+        rows.append((title, f"{by['ours']:.0f}%", f"{others[best]:.0f}% ({best})" if best else "-"))
+    return table(*rows)
+
+
+def cpu_table(evidence: Evidence) -> str:
+    if evidence.cpu is None:
+        return f"On a CPU: {NOT_YET}."
+    cases: dict[str, dict[str, Row]] = {}
+    for row in evidence.cpu["rows"]:
+        cases.setdefault(row["case"], {})[row["size"]] = row
+    sizes = list(dict.fromkeys(row["size"] for row in evidence.cpu["rows"]))
+    rows = [("patched / unpatched time on a CPU (quartiles), measured", *(f"{size} model" for size in sizes))]
+    for case, found in cases.items():
+        texts = ("{:.2f} ({:.2f} to {:.2f})".format(found[size]["median"], *found[size]["quartiles"]) for size in sizes)
+        rows.append((case, *texts))
+    return table(*rows)
+
+
+def section(evidence: Evidence) -> str:
+    """The README's text between the markers."""
+    device = next(iter(evidence.roofline.values()))["device"]
+    assumed = next(iter(evidence.roofline.values()))["assumptions"]
+
+    def share(name: str) -> str:
+        return f"{100 * assumed[name]['best']:.0f} to {100 * assumed[name]['worst']:.0f}%"
+
+    def reach(name: str) -> str:
+        return f"{assumed[name]['best']:g} to {assumed[name]['worst']:g}"
+
+    def picture(name: str, words: str) -> list[str]:
+        return [f"![{words}]({(PLOTS / name).as_posix()}.png)"] if PICTURES[name].has_data(evidence) else []
+
+    threads = f", float32, threads: {evidence.cpu['threads']}" if evidence.cpu else ""
+    blocks = [
+        BEGIN,
+        "Each number is *measured* (a committed, verified run on the device that is named), *counted* (operators of a forward "
+        "of the real model on fake tensors), *modelled* (counts at the rates of a data sheet) or *published* (by others). This "
+        "section is written by `python -m benchmarks.report`, and a test compares it with the committed rows.",
+        "**One more token**, batch 1, bfloat16:",
+        decode_table(evidence),
+        *picture("decode", "Milliseconds per token: floor, modelled, measured, published"),
+        f"Floor: weights and cached keys and values once, at {device['bandwidth'] / 1e12:.2f} TB/s ({device['name']}). "
+        f"Modelled: {share('bandwidth')} of that, {reach('gap_us')} us of the device per launch, {reach('operator_us')} us of "
+        "the host per operator where no CUDA graph is replayed; `python -m benchmarks.roofline` prints every phase, for five "
+        "devices.",
+        "**Whole answers**, one 1120 x 1120 image, 64 tokens of text, 256 new tokens, batch 1:",
+        answers_table(evidence),
+        "**What runs**, counted:",
+        counts_table(evidence),
+        *picture("launches", "Counted kernel launches per forward: eager, sdpa, patched"),
+        "**Beside the figures of others:**",
+        published_table(evidence),
+        *picture("attention", "Attention in TFLOP/s by length, measured and published"),
+        memory_table(evidence),
+        *picture("memory", "Kernels bound by memory as a share of a copy, measured"),
+        "**Without a GPU**, the torch backend against the unpatched model, random weights" + threads + ":",
+        cpu_table(evidence),
+        *picture("cpu", "Patched over unpatched time on a CPU, measured"),
+        "To repeat: `PYTHONPATH=kernels python -m benchmarks.gpu_check --out DIR` (under 9 minutes, one GPU), `python -m "
+        "benchmarks.generate --config 8b`, `python -m benchmarks.roofline --config 8b`, `python -m benchmarks.cpu_ratio`, and "
+        "`python -m pytest benchmarks` for the kernels one by one.",
+        END,
+    ]  # fmt: skip
+    return "\n\n".join(blocks)
+
+
+def with_section(readme: str, text: str) -> str:
+    """The README with its section replaced.
+
+    Raises:
+        ValueError: the markers are not there, once each and in order.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in after:
+        raise ValueError(f"the README needs {BEGIN} and {END} once each, in this order")
+    return before + text + after
+
+
+# --- pictures
+
+OURS, FLOOR, PUBLISHED, MISSING = "#c2410c", "#111827", "#cbd5e1", "#475569"
+OTHERS = ("#64748b", "#94a3b8", "#0f766e", "#7c3aed", "#0369a1", "#a16207")
+CHARTED = {"FlashAttention-2": "#64748b", "Triton": "#b45309", "cuDNN": "#0f766e", "FlashAttention-3": "#7c3aed"}
+BESIDE = {
+    "SDPA flash": "#64748b", "SDPA cuDNN": "#0f766e", "torch varlen_attn": "#0369a1", "FlexAttention": "#be185d",
+    "flash-attn": "#111827",
+}  # fmt: skip
+"""Attention: who is in the published chart, and whose measurements are drawn beside ours."""
+WIDTH = 8.0
+"""Inches, at 150 dots each: as wide as a README shows it."""
+
+
+def new_figure(height: float, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update(
+        {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.6, "figure.dpi": 150}
+    )
+    return pyplot.subplots(1, columns, figsize=(WIDTH, height), layout="constrained", **options)
+
+
+def launches_picture(evidence: Evidence) -> Figure:
+    figure, axes = new_figure(3.2)
+    colors = {"eager": OTHERS[1], "sdpa": OTHERS[0], "patched": OURS}
+    for group, (phase, _) in enumerate(PHASES):
+        found = evidence.counted("4b", phase)
+        for index, (provider, color) in enumerate(colors.items()):
+            y, value = 4 * group + index, found[provider]["counted"]["launches"]
+            axes.barh(y, value, 0.85, color=color, label=provider if group == 0 else None)
+            axes.text(value + 15, y, f"{value}", va="center", fontsize=9, fontweight="bold" if provider == "patched" else None)
+    axes.set_yticks([4 * group + 1 for group in range(len(PHASES))], [title for _, title in PHASES])
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("kernel launches per forward of the 4B, counted")
+    axes.legend(frameon=False, loc="upper right")
+    return figure
+
+
+def decode_picture(evidence: Evidence) -> Figure:
+    configs = ("4b", "8b")
+    figure, both = new_figure(3.4, len(configs))
+    for axes, config in zip(both, configs, strict=True):
+        _decode_bars(axes, evidence, config)
+    figure.supxlabel("ms per token behind 1024 tokens, batch 1, bfloat16", fontsize=10)
+    return figure
+
+
+def _decode_bars(axes: Axes, evidence: Evidence, config: str) -> None:
+    counted, measured = evidence.counted(config, "decode 1024"), evidence.answers(config=config, context=1024)
+    device = short_device(evidence.roofline[config]["device"]["name"])
+    labels = []
+
+    def bar(label: str, low: float, high: float, text: str, **style: Any) -> None:
+        y = len(labels)
+        labels.append(label)
+        axes.barh(y, high - low, 0.7, left=low, zorder=2, **style)
+        missing = {"color": MISSING, "style": "italic"} if text == NOT_YET else {}
+        axes.text(max(high, floor) + 0.4, y, text, va="center", fontsize=9, **missing)
+
+    floor = counted["patched"]["floor"]["ms"]
+    bar(f"floor, {device}", 0, floor, f"{floor:.2f}", color=FLOOR)
+    for provider, color in (("patched", OURS), ("sdpa", OTHERS[0])):
+        low, high = (counted[provider]["modelled"][f"{case}_ms"] for case in ("best", "worst"))
+        bar(
+            f"{provider},\nmodelled, {device}", low, high, f"{low:.1f} to {high:.1f}",
+            facecolor="white", edgecolor=color, hatch="////",
+        )  # fmt: skip
+        if row := measured.get(provider):
+            value = row["ms_per_token"]["p50"]
+            bar(f"{provider},\nmeasured, {short_device(row['device'])}", 0, value, f"{value:.2f}", color=color)
+        else:
+            bar(f"{provider},\nmeasured", 0, 0, NOT_YET, color=color)
+    for entry in evidence.published["figures"]:
+        if entry["ours"].get("config") == config and entry["ours"]["context"] == 1024:
+            on = entry["on"].split(",")[0]
+            bar(f"{entry['by']},\npublished, {on}", 0, entry["number"], f"{entry['number']:g}", color=PUBLISHED)
+    axes.axvline(floor, color=FLOOR, linewidth=0.8, linestyle=":", zorder=1)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8.5)
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 29)
+    axes.set_title(config.upper(), loc="left", fontsize=11, fontweight="bold")
+
+
+def attention_picture(evidence: Evidence) -> Figure:
+    published = evidence.published["attention"]
+    figure, both = new_figure(3.8, 2, sharey=True)
+    for axes, kind in zip(both, ("vision", "causal"), strict=True):
+        for name, color in CHARTED.items():
+            values = published[kind][name]
+            axes.plot(published["tokens"], values, color=color, linewidth=1.2, linestyle="--", label=f"{name}, published")
+        points: dict[str, list[tuple[int, float]]] = {}
+        for (case, provider), row in evidence.times("flash_attn_varlen_func").items():
+            if (match := re.fullmatch(rf"{kind} (\d+)", case)) and "rate" in row:
+                points.setdefault(provider, []).append((int(match[1]), row["rate"]))
+        for provider, color in {**BESIDE, "ours": OURS}.items():
+            if found := sorted(points.get(provider, [])):
+                width = 2.4 if provider == "ours" else 1.4
+                axes.plot(
+                    *zip(*found, strict=True),
+                    marker="o",
+                    markersize=4,
+                    color=color,
+                    linewidth=width,
+                    label=f"{provider}, measured",
+                )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(published["tokens"], ["1k", "2k", "4k", "8k", "16k"])
+        axes.minorticks_off()
+        axes.set_title(published[kind]["title"], loc="left", fontsize=11)
+        axes.set_xlabel("tokens of a segment")
+    both[0].set_ylim(0)
+    both[0].set_ylabel("TFLOP/s, forward, bfloat16")
+    handles = {label: handle for axes in both for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def memory_picture(evidence: Evidence) -> Figure:
+    found = memory_bound(evidence)
+    figure, axes = new_figure(0.9 + 0.32 * len(found))
+    names = list(dict.fromkeys(provider for by in found.values() for provider in by if provider != "ours"))
+    for y, by in enumerate(found.values()):
+        axes.barh(y, by["ours"], 0.6, color=OURS, label="ours" if y == 0 else None, alpha=0.9)
+        axes.text(1, y, f"{by['ours']:.0f}%", va="center", color="white", fontsize=8.5, fontweight="bold")
+    for name, color in zip(names, OTHERS, strict=False):
+        points = [(by[name], y) for y, by in enumerate(found.values()) if name in by]
+        axes.scatter(
+            *zip(*points, strict=True), marker="D", s=26, color=color, edgecolor="white", linewidth=0.5, label=name, zorder=4
+        )
+    axes.axvline(100, color=FLOOR, linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(found)), list(found), fontsize=8.5)
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.set_xlabel("percent of a copy of as many bytes in the same run, measured")
+    figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize=8.5)
+    return figure
+
+
+def cpu_picture(evidence: Evidence) -> Figure:
+    rows = evidence.cpu["rows"]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    figure, axes = new_figure(0.8 + 0.48 * len(cases))
+    for offset, (size, color) in enumerate(zip(sizes, (OURS, OTHERS[0]), strict=False)):
+        found = {row["case"]: row for row in rows if row["size"] == size}
+        y = [index + 0.3 * offset - 0.15 for index in range(len(cases))]
+        middle = [found[case]["median"] for case in cases]
+        spread = [[found[case]["median"] - found[case]["quartiles"][0] for case in cases]]
+        spread += [[found[case]["quartiles"][1] - found[case]["median"] for case in cases]]
+        axes.errorbar(middle, y, xerr=spread, fmt="o", color=color, markersize=5, capsize=2.5, label=f"{size} model")
+        for x, place in zip(middle, y, strict=True):
+            axes.annotate(f"{x:.2f}", (x, place), (0, -4 if offset else 4), textcoords="offset points", ha="center",
+                          va="top" if offset else "bottom", fontsize=7.5, color=color)  # fmt: skip
+    axes.axvline(1, color=FLOOR, linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(cases)), cases)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(cases) - 0.4, -0.6)
+    axes.set_xlabel("patched / unpatched time on a CPU, measured; median and quartiles (below 1 is faster)")
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What to draw, and whether there is anything to see in it yet."""
+
+    draw: Callable[[Evidence], Any]
+    has_data: Callable[[Evidence], bool]
+
+
+PICTURES = {
+    "decode": Picture(decode_picture, lambda evidence: {"4b", "8b"} <= evidence.roofline.keys()),
+    "launches": Picture(launches_picture, lambda evidence: "4b" in evidence.roofline),
+    "attention": Picture(
+        attention_picture, lambda evidence: any("rate" in row for row in evidence.times("flash_attn_varlen_func").values())
+    ),
+    "memory": Picture(memory_picture, lambda evidence: bool(memory_bound(evidence))),
+    "cpu": Picture(cpu_picture, lambda evidence: evidence.cpu is not None),
+}
+
+
+def draw_all(evidence: Evidence, folder: Path) -> list[Path]:
+    """The pictures that have data. Those of earlier evidence that have none any more are removed."""
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name, picture in track(PICTURES.items(), "drawing", console=Console(stderr=True), transient=True):
+        file = folder / f"{name}.png"
+        if not picture.has_data(evidence):
+            file.unlink(missing_ok=True)
+            continue
+        figure = picture.draw(evidence)
+        figure.savefig(file, facecolor="white")
+        pyplot.close(figure)
+        files.append(file)
+    return files
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description="Draws the pictures and writes the README's section on speed, from the rows that are committed under "
+        "benchmarks/results. Drawing needs matplotlib (pip install '.[benchmarks]').",
+    )
+    parser.add_argument("--check", action="store_true", help="Writes nothing; the exit status is 1 where the README differs.")
+    parser.add_argument(
+        "--root", type=Path, default=ROOT, metavar="DIR", help="The checkout to read and write. Default: this one."
+    )
+    arguments = parser.parse_args(argv)
+    evidence = Evidence.load(arguments.root)
+    readme = arguments.root / "README.md"
+    before = readme.read_text()
+    after = with_section(before, section(evidence))
+    if arguments.check:
+        print("the README is up to date" if before == after else "the README differs: run python -m benchmarks.report")
+        return int(before != after)
+    try:
+        files = draw_all(evidence, arguments.root / PLOTS)
+    except ModuleNotFoundError as error:
+        print(f"no pictures without {error.name}: pip install '.[benchmarks]'", file=sys.stderr)
+        return 2
+    readme.write_text(after)
+    print("\n".join(str(file) for file in [readme, *files]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""`enable`, `disable`: models of this class patch themselves when `from_pretrained` has loaded them.
+
+For programs that load the model themselves and cannot be changed: `python -m llava15_fast.run -m lmms_eval ...`. The one
+thing that is replaced is `from_pretrained` of `LlavaOnevision1_5ForConditionalGeneration`, which the Auto classes call too.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+from transformers.utils import is_flash_attn_2_available
+
+from llava15_kernels._dispatch import Backend
+
+from .modeling import LlavaOnevision1_5ForConditionalGeneration
+from .patching import PatchError, patch
+
+logger = logging.getLogger("llava15_fast")
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+def enable(backend: Backend = "auto", *, cuda_graph: bool = True) -> None:
+    """From now on every `LlavaOnevision1_5ForConditionalGeneration` is patched as it is loaded, through Auto classes too.
+
+    A model that `patch` refuses is loaded as ever, and the reason is logged. `attn_implementation="flash_attention_2"`
+    becomes "sdpa" where the flash-attn package is missing: the kernels do that work, and eager's is only a fallback.
+    Enabling again changes the options. Models that are loaded already stay as they are.
+
+    Args:
+        backend, cuda_graph: as of `patch`.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, expected one of {BACKENDS}")
+    model_class = LlavaOnevision1_5ForConditionalGeneration
+    disable()
+    original = model_class.from_pretrained.__func__  # PreTrainedModel's, called with whatever subclass is asked for
+
+    @functools.wraps(original)
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        # The Auto classes have put it into the configuration that they pass.
+        attention = kwargs.get("attn_implementation") or getattr(kwargs.get("config"), "_attn_implementation", None)
+        if attention == "flash_attention_2" and not is_flash_attn_2_available():
+            logger.warning("flash-attn is not installed: attn_implementation is 'sdpa' where the kernels do not run")
+            kwargs["attn_implementation"] = "sdpa"
+        loaded = original(cls, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
+        try:
+            patch(model, backend, cuda_graph=cuda_graph)
+        except (PatchError, RuntimeError) as error:
+            logger.warning("the model runs without the kernels: %s", error)
+        else:
+            logger.info("patched %s, backend %s", type(model).__name__, backend)
+        return loaded
+
+    model_class.from_pretrained = classmethod(from_pretrained)
+
+
+def disable() -> None:
+    """Undoes `enable`: models are loaded as they are. Those that were patched stay so; `unpatch` is for them."""
+    model_class = LlavaOnevision1_5ForConditionalGeneration
+    if "from_pretrained" in model_class.__dict__:
+        del model_class.from_pretrained

@@ -1,0 +1,171 @@
+"""The README says what the committed rows say, and nothing that was not measured."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report
+from benchmarks.report import Evidence
+from benchmarks.rows import ROOT
+
+H100 = {"device": "NVIDIA H100 80GB HBM3", "dry_run": False, "verified": True, "status": "ok"}
+
+
+def answer(provider, config="4b", ms=3.21, **changes):
+    values = {"time_to_first_token_ms": 20.5, "ms_per_token": ms, "generate_ms": 901.2}
+    quantiles = {name: {"p50": value} for name, value in values.items()}
+    return {
+        "kind": "generate", "config": config, "provider": provider, "batch": 1, "images": 0, "image_size": 0, "context": 1024,
+        "new_tokens": 64, "peak_gb": 9.1, "first_call_s": 8.5, **H100, **quantiles, **changes,
+    }  # fmt: skip
+
+
+def timing(kernel, case, provider, us, **changes):
+    return {
+        "kind": "time", "kernel": kernel, "case": case, "provider": provider, "dtype": "bfloat16", "p50_us": us, "bytes": 67e6,
+        **H100, **changes,
+    }  # fmt: skip
+
+
+ROWS = [
+    answer("patched", ms=9.99),
+    answer("patched"),
+    answer("sdpa", ms=18.7),
+    answer("patched", "8b", 5.67, context=8192),
+    answer("patched", "4b", 3.3, images=1, image_size=1120, context=64, new_tokens=256),
+    *(
+        timing("flash_attn_varlen_func", f"{kind} {tokens}", provider, 100, rate=rate, unit="TFLOP/s", flops=1)
+        for kind, tokens, rate in (
+            ("vision", 1601, 290.0), ("vision", 6401, 377.7), ("vision", 12545, 390.0),
+            ("causal", 4096, 333.3), ("causal", 16384, 350.0),
+        )
+        for provider, rate in (("ours", rate), ("SDPA flash", rate - 60))
+    ),
+    *(
+        timing(kernel, case, provider, us, rate=2800.0, unit="GB/s")
+        for kernel, case in (("rms_norm", "4096x4096"), ("silu_and_mul", "1664x12288"), ("gelu", "6401x4096"))
+        for provider, us in (("copy", 24.0), ("ours", 25.0), ("eager", 60.0), ("torch.compile", 30.0))
+    ),
+]  # fmt: skip
+IGNORED = [
+    answer("patched", ms=0.01, verified=False),
+    answer("patched", ms=0.02, dry_run=True),
+    answer("patched", ms=0.03, batch=4),
+    timing("rms_norm", "4096x4096", "ours", 0.04, verified=False),
+    timing("rms_norm", "4096x4096", "ours", 0.05, dtype="float16"),
+    {"kind": "item", "status": "done", **H100},
+]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what is committed, without the measurements of any GPU."""
+    results = tmp_path / "benchmarks/results"
+    for name in ("roofline", "cpu"):
+        shutil.copytree(ROOT / "benchmarks/results" / name, results / name)
+    shutil.copy(ROOT / "benchmarks/published.json", tmp_path / "benchmarks")
+    (tmp_path / "README.md").write_text(f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
+    return tmp_path
+
+
+def measured(checkout, rows):
+    folder = checkout / "benchmarks/results/h100"
+    folder.mkdir()
+    (folder / "gpu_check.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_readme_is_what_the_committed_rows_say():
+    """python -m benchmarks.report"""
+    assert report.main(["--check"]) == 0
+    readme = (ROOT / "README.md").read_text()
+    pictures = [line for line in readme.splitlines() if line.startswith("![") and report.PLOTS.as_posix() in line]
+    assert pictures and all((ROOT / line.split("](")[1].rstrip(")")).is_file() for line in pictures)
+
+
+def test_without_a_gpus_rows_every_measurement_is_missing(checkout):
+    text = report.section(Evidence.load(checkout))
+    assert text.count("not measured yet") >= 8 + 12 and "TFLOP/s (H100)" not in text
+    assert "2.45 ms" in text and "364" in text, "what is counted and modelled"
+    assert "attention.png" not in text and "memory.png" not in text
+
+
+def test_measured_numbers_stand_where_they_belong(checkout):
+    measured(checkout, [*ROWS, *IGNORED])
+    text = report.section(Evidence.load(checkout))
+    lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
+    assert "3.21 ms (H100)" in lines["4B behind 1024 tokens"] and "18.70 ms (H100)" in lines["4B behind 1024 tokens"]
+    assert "5.67 ms (H100)" in lines["8B behind 8192 tokens"] and lines["8B behind 8192 tokens"].count("not measured yet") == 1
+    assert "3.21 ms (H100)" in lines["4B, a token"] and "21.8 ms" in lines["4B, a token"]
+    assert "5.67 ms (H100)" in lines["8B, a token behind 8k"]
+    assert "901.20 ms" in lines["4B, patched"] and "9.1 GB" in lines["4B, patched"] and "8.5 s" in lines["4B, patched"]
+    assert "333 TFLOP/s (H100)" in lines["attention, head_dim 128, causal, 4k"]
+    assert "2800 GB/s (H100)" in lines["RMSNorm, 4096 x 4096"]
+    assert lines["rms_norm 4096x4096"].split(" | ")[1:] == ["96%", "80% (torch.compile) |"]
+    for wrong in ("9.99", "0.01 ms", "0.02 ms", "0.03 ms"):
+        assert wrong not in text, "not the last row, not verified, dry, or of another shape"
+
+
+def test_the_section_is_replaced_and_nothing_else(checkout):
+    pytest.importorskip("matplotlib")
+    measured(checkout, ROWS)
+    assert report.main(["--root", str(checkout), "--check"]) == 1
+    assert report.main(["--root", str(checkout)]) == 0
+    readme = (checkout / "README.md").read_text()
+    assert readme.startswith("# Title\n\n<!--") and readme.endswith("-->\n\nafter\n") and "old" not in readme
+    assert report.main(["--root", str(checkout), "--check"]) == 0
+    (checkout / "README.md").write_text(readme.replace("3.21 ms", "2.21 ms"))
+    assert report.main(["--root", str(checkout), "--check"]) == 1, "a number that no row says"
+    drawn = {file.stem for file in (checkout / report.PLOTS).glob("*.png")}
+    assert drawn == report.PICTURES.keys()
+    shutil.rmtree(checkout / "benchmarks/results/h100")
+    assert report.main(["--root", str(checkout)]) == 0
+    assert not (checkout / report.PLOTS / "attention.png").exists(), "its rows are gone"
+
+
+def test_pictures_show_the_numbers(checkout):
+    """Every value that a picture is about is written or drawn in it."""
+    pytest.importorskip("matplotlib")
+    measured(checkout, ROWS)
+    evidence = Evidence.load(checkout)
+    axes = report.launches_picture(evidence).axes[0]
+    expected = {str(row["counted"]["launches"]) for phase, _ in report.PHASES for row in evidence.counted("4b", phase).values()}
+    assert expected <= {text.get_text() for text in axes.texts}
+    left, right = report.decode_picture(evidence).axes
+    assert {"3.21", "18.70", "21.8", "2.45"} <= {text.get_text() for text in left.texts}
+    assert "not measured yet" in {text.get_text() for text in right.texts}
+    vision, causal = report.attention_picture(evidence).axes
+    ours = {tuple(line.get_ydata()) for axes in (vision, causal) for line in axes.lines if line.get_label() == "ours, measured"}
+    assert ours == {(290.0, 377.7, 390.0), (333.3, 350.0)}
+    assert {"96%"} == {text.get_text() for text in report.memory_picture(evidence).axes[0].texts}
+    medians = {f"{row['median']:.2f}" for row in evidence.cpu["rows"]}
+    assert medians == {text.get_text() for text in report.cpu_picture(evidence).axes[0].texts}
+
+
+@pytest.mark.parametrize("readme", ["nothing", f"{report.END} {report.BEGIN}", f"{report.BEGIN} {report.END} {report.END}"])
+def test_a_readme_without_its_markers_is_refused(readme):
+    with pytest.raises(ValueError, match="once each"):
+        report.with_section(readme, "text")
+
+
+def test_published_figures_name_their_source_and_a_measurement_of_ours():
+    published = json.loads((ROOT / "benchmarks/published.json").read_text())
+    for figure in published["figures"]:
+        assert figure["by"] and figure["on"] and figure["source"] and figure["value"]
+    from benchmarks.cases import cases
+
+    known = {(case.kernel, case.name) for case in cases()}
+    asked = {
+        (figure["ours"]["kernel"], figure["ours"]["case"]) for figure in published["figures"] if "kernel" in figure["ours"]
+    }
+    assert asked <= known and asked
+    for kind in ("vision", "causal"):
+        series = published["attention"][kind]
+        assert all(len(values) == len(published["attention"]["tokens"]) for name, values in series.items() if name != "title")
+
+
+def test_names_of_devices():
+    assert report.short_device("NVIDIA H100 80GB HBM3") == "H100" and report.short_device("AMD Instinct MI300X") == "MI300X"
+    assert report.short_device("CPU (x86_64)") == "CPU (x86_64)"
+    assert Path(report.PLOTS).parts[0] == "benchmarks"

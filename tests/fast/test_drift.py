@@ -1,0 +1,275 @@
+"""What of transformers, accelerate and Triton this project builds on is still there, in the shape that it expects.
+
+Every name is checked by itself and a failure is a sentence that says what moved: the first thing to run on a new release.
+"""
+
+import importlib
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import llava15_fast
+from llava15_fast import generation, kv_cache
+from llava15_fast.patching import TARGETS, PatchError
+from llava15_fast.refusal import has_hooks
+
+ROOT = Path(__file__).parents[2]
+
+SYMBOLS = (
+    "accelerate.hooks.add_hook_to_module",
+    "transformers.activations.ACT2FN",
+    "transformers.activations.GELUActivation",
+    "transformers.AutoConfig",
+    "transformers.AutoModel",
+    "transformers.AutoModelForCausalLM",
+    "transformers.AutoModelForImageTextToText",
+    "transformers.AutoProcessor",
+    "transformers.cache_utils.Cache.batch_repeat_interleave",
+    "transformers.cache_utils.Cache.batch_select_indices",
+    "transformers.cache_utils.Cache.get_mask_sizes",
+    "transformers.cache_utils.Cache.is_compileable",
+    "transformers.cache_utils.Cache.is_croppable",
+    "transformers.cache_utils.Cache.reorder_cache",
+    "transformers.core_model_loading.ConversionOps",
+    "transformers.core_model_loading.WeightConverter",
+    "transformers.generation.GenerateDecoderOnlyOutput",
+    "transformers.generation.GenerationMode.GREEDY_SEARCH",
+    "transformers.generation.GenerationMode.SAMPLE",
+    "transformers.generation.stopping_criteria.EosTokenCriteria",
+    "transformers.generation.stopping_criteria.MaxLengthCriteria",
+    "transformers.initialization.copy_",
+    "transformers.initialization.normal_",
+    "transformers.modeling_layers.GradientCheckpointingLayer",
+    "transformers.modeling_outputs.BaseModelOutputWithPooling",
+    "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.get_interface",
+    "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorKwargs",
+    "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil",
+    "transformers.models.qwen3.modeling_qwen3.eager_attention_forward",
+    "transformers.utils.can_return_tuple",
+    "transformers.utils.output_capturing.capture_outputs",
+    "triton.knobs.cache",
+    "triton.knobs.runtime.interpret",
+    "triton.runtime.interpreter.GridExecutor",
+    *(f"transformers.generation.logits_process.{processor.__name__}" for processor in generation.PURE_PROCESSORS),
+)
+"""Names that are imported, called or looked up."""
+
+_MIXIN = "transformers.generation.utils.GenerationMixin"
+_LAYER = "transformers.cache_utils.DynamicLayer"
+
+SIGNATURES = {
+    f"{_MIXIN}._prefill": "input_ids generation_config model_kwargs is_first_iteration",
+    f"{_MIXIN}._sample": ("input_ids logits_processor stopping_criteria generation_config synced_gpus streamer **model_kwargs"),
+    f"{_MIXIN}._update_model_kwargs_for_generation": "outputs model_kwargs is_encoder_decoder num_new_tokens",
+    f"{_MIXIN}.prepare_inputs_for_generation": (
+        "input_ids next_sequence_length past_key_values attention_mask inputs_embeds is_first_iteration **kwargs"
+    ),
+    f"{_MIXIN}._expand_inputs_for_generation": "expand_size is_encoder_decoder input_ids **model_kwargs",
+    f"{_LAYER}.crop": "tokens_to_remove",
+    f"{_LAYER}.update": "key_states value_states *args **kwargs",
+    f"{_LAYER}.lazy_initialization": "key_states value_states",
+    f"{_LAYER}.reorder_cache": "beam_idx",
+    f"{_LAYER}.reset": "",
+    f"{_LAYER}.get_seq_length": "",
+    "transformers.conversion_mapping.register_checkpoint_conversion_mapping": "model_type_or_class_name mapping overwrite",
+    "transformers.core_model_loading.WeightRenaming": "source_patterns target_patterns",
+}
+"""Parameters of what is called or overridden, without `self`: some became static methods."""
+
+MEMBERS = {
+    _LAYER: (
+        "batch_repeat_interleave batch_select_indices crop get_mask_sizes get_max_length get_seq_length is_compileable "
+        "is_croppable is_sliding lazy_initialization offload prefetch reorder_cache reset supports_early_init update"
+    ),
+}
+"""Public members. One that is new may read or replace keys and values behind the storages of `PreallocatedLayer`."""
+
+GONE = {_LAYER: {"get_max_cache_shape"}}
+"""Members of an older supported release."""
+
+
+def find(path):
+    """The object of a dotted path, or None."""
+    parts = path.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:end]))
+        except ImportError:
+            continue
+        for name in parts[end:]:
+            found = getattr(found, name, None)
+        return found
+    return None
+
+
+def moved(path, parameters=None, members=None):
+    """A sentence that says what is no longer as expected; None if all is."""
+    release = f"{path.split('.')[0]} {importlib.import_module(path.split('.')[0]).__version__}"
+    found = find(path)
+    if found is None:
+        return f"{release} has no {path} any more"
+    if parameters is not None:
+        marks = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+        present = [f"{marks.get(p.kind, '')}{p.name}" for p in inspect.signature(found).parameters.values() if p.name != "self"]
+        if present != parameters.split():
+            return f"{release}: {path} has parameters {present}, expected {parameters.split()}"
+    if members is not None:
+        present = {name for name in dir(found) if not name.startswith("_")} - GONE.get(path, set())
+        if lost := set(members.split()) - present:
+            return f"{release}: {path} lost {sorted(lost)}"
+        if new := present - set(members.split()):
+            return f"{release}: {path} has new members {sorted(new)}: see whether they go around PreallocatedLayer"
+    return None
+
+
+@pytest.mark.parametrize("path", SYMBOLS)
+def test_symbol(path):
+    assert not (sentence := moved(path)), sentence
+
+
+@pytest.mark.parametrize("path", SIGNATURES)
+def test_signature(path):
+    assert not (sentence := moved(path, parameters=SIGNATURES[path])), sentence
+
+
+@pytest.mark.parametrize("path", MEMBERS)
+def test_members(path):
+    assert not (sentence := moved(path, members=MEMBERS[path])), sentence
+
+
+def test_a_move_is_told_in_a_sentence(monkeypatch):
+    layer = transformers.cache_utils.DynamicLayer
+    monkeypatch.setattr(layer, "crop", lambda self, max_length: None)
+    assert moved(f"{_LAYER}.crop", parameters="tokens_to_remove") == (
+        f"transformers {transformers.__version__}: {_LAYER}.crop has parameters ['max_length'], expected ['tokens_to_remove']"
+    )
+    monkeypatch.setattr(layer, "compress", lambda self: None, raising=False)
+    assert "has new members ['compress']" in moved(_LAYER, members=MEMBERS[_LAYER])
+    monkeypatch.delattr(transformers.generation.GenerationMixin, "_prefill")
+    assert moved(f"{_MIXIN}._prefill").endswith(f"has no {_MIXIN}._prefill any more")
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.path or 'head'}.{target.attribute}")
+def test_target(target):
+    """Each method that is replaced or passed over has the signature that it is declared with."""
+    method = getattr(target.module_class, target.attribute, None)
+    name = f"{target.module_class.__name__}.{target.attribute}"
+    assert method is not None, f"transformers {transformers.__version__} has no {name} any more"
+    found = tuple(inspect.signature(method).parameters)[1:]
+    assert found == target.parameters, f"transformers {transformers.__version__}: {name} has {found}"
+
+
+def test_every_target_is_found_in_a_model(tiny):
+    handle = llava15_fast.patch(tiny, "torch")
+    names = {target.name for target in TARGETS if target.replacement is not None}
+    assert {row.path for row in handle.report().rows} == names
+
+
+def test_a_moved_target_is_refused_and_named(tiny, monkeypatch):
+    """What a user sees where a release moved something and these tests were not run."""
+    qwen = transformers.models.qwen3.modeling_qwen3
+    monkeypatch.setattr(qwen.Qwen3MLP, "forward", lambda self, hidden_states, new_option=None: hidden_states)
+    with pytest.raises(PatchError, match=r"Qwen3MLP\.forward has parameters .*new_option.*, expected \('x',\)"):
+        llava15_fast.patch(tiny, "torch")
+
+
+def test_the_attributes_of_a_cache():
+    cache = transformers.DynamicCache()
+    release = f"transformers {transformers.__version__}"
+    present = set(vars(cache))
+    assert {"layers", "layer_class_to_replicate", "offloading"} == present, f"{release}: DynamicCache holds {present}"
+    present = set(vars(transformers.cache_utils.DynamicLayer()))
+    assert {"keys", "values", "is_initialized"} == present, f"{release}: DynamicLayer holds {present}"
+    assert kv_cache.adopt(cache, 3) and all(type(layer) is kv_cache.PreallocatedLayer for layer in cache.layers)
+
+
+def test_a_callable_for_custom_generate_gets_what_our_loop_takes(tiny):
+    """`decode` is called by transformers' `generate`, by keyword or position."""
+    seen = {}
+
+    def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        seen.update(kwargs, pad=generation_config._pad_token_tensor, length=stopping_criteria.max_length)
+        return input_ids
+
+    ids = torch.ones(1, 3, dtype=torch.long, device=tiny.device)
+    tiny.generate(ids, custom_generate=loop, max_new_tokens=4, pad_token_id=0, eos_token_id=None)
+    release = f"transformers {transformers.__version__}"
+    assert seen["length"] == 7, f"{release}: the stopping criteria's max_length is {seen['length']}"
+    assert int(seen["pad"]) == 0, f"{release}: generation_config._pad_token_tensor is {seen['pad']}"
+    expected = {"use_cache", "past_key_values", "attention_mask"}
+    assert expected <= seen.keys(), f"{release}: generate passes {sorted(seen)}"
+
+
+def test_the_permanent_hooks_are_known_as_transformers_own(tiny):
+    """Recording leaves a dormant hook on every layer; taken for a user's it would make the model slow for ever."""
+    ids = torch.ones(1, 3, dtype=torch.long, device=tiny.device)
+    with torch.no_grad():
+        tiny(input_ids=ids, output_hidden_states=True)
+    layer = tiny.model.language_model.layers[0]
+    assert layer._forward_hooks, "transformers records hidden states without hooks now: see `has_hooks`"
+    modules = {hook.__module__ for hook in layer._forward_hooks.values()}
+    assert not has_hooks(layer), f"transformers {transformers.__version__}: its recording hooks are of {modules} now"
+
+
+def test_accelerates_hooks_are_where_they_are_looked_for():
+    import accelerate
+
+    layer = nn.Linear(2, 2)
+    accelerate.hooks.add_hook_to_module(layer, accelerate.hooks.ModelHook())
+    missing = {"_hf_hook", "_old_forward"} - layer.__dict__.keys()
+    assert not missing, f"accelerate {accelerate.__version__} keeps no {missing} on a hooked module any more"
+    assert has_hooks(layer)
+
+
+def in_a_fresh_process(code):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def test_a_class_of_the_same_name_in_transformers_is_left_in_place_and_never_mixed():
+    """A future release may bring its own. What `transformers` gives then is its class, said once; ours stay reachable under
+    `llava15_fast` and by the published model type, and each is either patched or refused as a whole."""
+    result = in_a_fresh_process("""
+import logging
+logging.basicConfig()
+import torch
+import transformers.processing_utils
+import transformers
+
+class LlavaOnevision1_5ForConditionalGeneration(torch.nn.Module):
+    pass
+
+class LlavaOnevision1_5Model(torch.nn.Module):
+    pass
+
+theirs, their_model = LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model
+transformers.LlavaOnevision1_5ForConditionalGeneration, transformers.LlavaOnevision1_5Model = theirs, their_model
+import llava15_fast
+
+assert transformers.LlavaOnevision1_5ForConditionalGeneration is theirs
+assert llava15_fast.LlavaOnevision1_5ForConditionalGeneration is not theirs
+model = transformers.AutoModelForImageTextToText.from_pretrained("tests/golden/tiny_hub").eval()
+assert type(model) is llava15_fast.LlavaOnevision1_5ForConditionalGeneration
+assert isinstance(model.model, llava15_fast.LlavaOnevision1_5Model)
+llava15_fast.patch(model, "torch")
+other = theirs()
+other.model = their_model()
+try:
+    llava15_fast.patch(other)
+except TypeError as error:
+    assert "has a LlavaOnevision1_5Model of its own, which is not known here" in str(error), error
+    assert not any(name.startswith("_llava15") for module in other.modules() for name in module.__dict__)
+else:
+    raise SystemExit("another class was patched")
+""")
+    for name in ("LlavaOnevision1_5ForConditionalGeneration", "LlavaOnevision1_5Model"):
+        assert result.stderr.count(f"transformers brings its own {name}; it is left in place") == 1, result.stderr

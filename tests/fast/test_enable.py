@@ -1,0 +1,153 @@
+"""enable, disable, and `python -m llava15_fast.run`."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+import llava15_fast
+from llava15_fast import LlavaOnevision1_5ForConditionalGeneration, enabling
+from llava15_fast.patching import _sites
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "tests/golden/tiny_hub"
+
+
+@pytest.fixture(autouse=True)
+def disabled():
+    yield
+    llava15_fast.disable()
+
+
+def backends(model):
+    return {site.backend for site in _sites(model)}
+
+
+@pytest.mark.parametrize(
+    "auto_class", [AutoModelForCausalLM, AutoModelForImageTextToText, LlavaOnevision1_5ForConditionalGeneration]
+)
+def test_models_patch_themselves(auto_class, golden):
+    inputs = golden["one_image"][0]
+    llava15_fast.enable("torch")
+    model = auto_class.from_pretrained(TINY, trust_remote_code=True).eval()
+    assert backends(model) == {"torch"}
+    llava15_fast.disable()
+    plain = auto_class.from_pretrained(TINY, trust_remote_code=True).eval()
+    assert not backends(plain) and backends(model) == {"torch"}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits, rtol=0, atol=1e-5)
+
+
+def test_disable_leaves_no_trace():
+    classes = (LlavaOnevision1_5ForConditionalGeneration, PreTrainedModel)
+    before = [dict(vars(cls)) for cls in classes]
+    llava15_fast.disable()  # nothing to undo is no error
+    for backend in ("torch", "auto"):
+        llava15_fast.enable(backend)
+    llava15_fast.disable()
+    assert [dict(vars(cls)) for cls in classes] == before
+
+
+def test_enabling_again_changes_the_options():
+    llava15_fast.enable("auto")
+    llava15_fast.enable("torch", cuda_graph=False)
+    assert backends(LlavaOnevision1_5ForConditionalGeneration.from_pretrained(TINY)) == {"torch"}
+    with pytest.raises(ValueError, match="backend is 'fast'"):
+        llava15_fast.enable("fast")
+    assert backends(LlavaOnevision1_5ForConditionalGeneration.from_pretrained(TINY)) == {"torch"}
+
+
+def test_loading_info_and_subclasses():
+    class Own(LlavaOnevision1_5ForConditionalGeneration):
+        pass
+
+    llava15_fast.enable("torch")
+    model, info = LlavaOnevision1_5ForConditionalGeneration.from_pretrained(TINY, output_loading_info=True)
+    assert not info["missing_keys"] and backends(model) == {"torch"}
+    own = Own.from_pretrained(TINY)
+    assert type(own) is Own and backends(own) == {"torch"}
+
+
+def test_other_models_are_left_alone(tmp_path):
+    config = Qwen3Config(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )
+    config.vocab_size, config.head_dim = 32, 8
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    llava15_fast.enable("torch")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(model) is Qwen3ForCausalLM and not backends(model)
+
+
+def test_a_model_that_cannot_be_patched_is_loaded_and_the_log_says_why(caplog):
+    llava15_fast.enable("torch")
+    with caplog.at_level(logging.WARNING, "llava15_fast"):
+        model = LlavaOnevision1_5ForConditionalGeneration.from_pretrained(TINY, dtype=torch.float64)
+    assert not backends(model) and model.dtype == torch.float64
+    assert "runs without the kernels: dtype torch.float64 is not supported" in caplog.text
+
+
+def test_a_failed_load_is_reported_as_ever(tmp_path):
+    llava15_fast.enable("torch")
+    with pytest.raises(OSError, match=str(tmp_path)):
+        LlavaOnevision1_5ForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_flash_attention_2_without_its_package(monkeypatch, caplog):
+    monkeypatch.setattr(enabling, "is_flash_attn_2_available", lambda: False)
+    llava15_fast.enable("torch")
+    with caplog.at_level(logging.WARNING, "llava15_fast"):
+        model = AutoModelForCausalLM.from_pretrained(TINY, attn_implementation="flash_attention_2", trust_remote_code=True)
+    assert model.config._attn_implementation == "sdpa" and backends(model) == {"torch"}
+    assert "flash-attn is not installed" in caplog.text
+
+
+PROGRAM = f"""
+import sys
+from transformers import AutoModelForCausalLM
+from llava15_fast.patching import _sites
+import beside
+assert __name__ == "__main__" and sys.modules["__main__"].__dict__ is globals()
+model = AutoModelForCausalLM.from_pretrained({str(TINY)!r}, trust_remote_code=True)
+print(sorted({{site.backend for site in _sites(model)}}), sys.argv[1:])
+sys.exit(int(sys.argv[-1]))
+"""
+
+
+def run(*arguments, cwd, **environment):
+    variables = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", **environment}
+    command = [sys.executable, "-m", "llava15_fast.run", *arguments]
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("how", ["module", "script"])
+def test_run(tmp_path, how):
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    (folder / "program.py").write_text(PROGRAM)
+    (folder / "beside.py").touch()
+    target, cwd = (["-m", "program"], folder) if how == "module" else (["programs/program.py"], tmp_path)
+    done = run(*target, "--model", "x", "-m", "3", cwd=cwd, LLAVA15_FAST_BACKEND="torch")
+    assert (done.returncode, done.stdout) == (3, "['torch'] ['--model', 'x', '-m', '3']\n"), done.stderr
+    assert "patched LlavaOnevision1_5ForConditionalGeneration, backend torch" in done.stderr
+
+
+def test_run_with_nothing_to_run(tmp_path):
+    from llava15_fast.run import main
+
+    for arguments in ([], ["-m"], ["-x"], ["-m", "--model"]):
+        with pytest.raises(SystemExit, match="usage: python -m"):
+            main(arguments)
+
+
+def test_run_with_an_unknown_backend(monkeypatch):
+    from llava15_fast.run import main
+
+    monkeypatch.setenv("LLAVA15_FAST_BACKEND", "fast")
+    with pytest.raises(SystemExit, match="LLAVA15_FAST_BACKEND: backend is 'fast'"):
+        main(["program.py"])

@@ -1,0 +1,85 @@
+"""`llava15-fast env`: what a bug report needs, and whether the versions are the declared ones."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import triton
+from packaging.requirements import Requirement
+from rich.console import Console
+
+import llava15_fast
+from llava15_fast import cli, environment
+
+ROOT = Path(__file__).parents[2]
+
+
+def shown(found):
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(environment.table(found))
+    return capture.get()
+
+
+def test_the_ranges_are_those_of_the_installation():
+    calls = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Call)]
+    (setup,) = [call for call in calls if getattr(call.func, "id", None) == "setup"]
+    arguments = {keyword.arg: keyword.value for keyword in setup.keywords}
+    requirements = [Requirement(text) for text in ast.literal_eval(arguments["install_requires"])]
+    declared = {requirement.name: str(requirement.specifier) for requirement in requirements if requirement.specifier}
+    declared["python"] = ast.literal_eval(arguments["python_requires"])
+    assert {name: set(text.split(",")) for name, text in environment.DECLARED.items()} == {
+        name: set(text.split(",")) for name, text in declared.items()
+    }
+
+
+def test_what_is_installed_is_told_and_inside():
+    found = environment.environment()
+    versions = {row["name"]: row for row in found["versions"]}
+    for name, module in (("torch", torch), ("triton", triton), ("transformers", transformers)):
+        assert versions[name]["version"].split("+")[0] == module.__version__.split("+")[0]
+        assert versions[name]["inside"] is True and versions[name]["declared"] == environment.DECLARED[name]
+    assert versions["numpy"]["declared"] is None and versions["numpy"]["inside"] is None
+    assert found["llava15_fast"].startswith(f"{llava15_fast.__version__}, ")
+    assert found["interpreter"] is (not torch.cuda.is_available()) and found["backend"] == "triton"
+    assert len(found["devices"]) == torch.cuda.device_count()
+    text = shown(found)
+    assert all(row["version"] in text for row in found["versions"] if row["version"]) and "OUTSIDE" not in text
+    assert len(text.splitlines()) <= 40  # one screen
+
+
+@pytest.mark.parametrize(
+    ("version", "inside"),
+    [("2.13.0+cpu", True), ("2.15.0.dev20260101", True), ("2.16.0", False), ("2.10.1", False), (None, False)],
+)
+def test_a_version_outside_is_seen(monkeypatch, version, inside):
+    installed = environment._installed
+    monkeypatch.setattr(environment, "_installed", lambda name: version if name == "torch" else installed(name))
+    found = environment.environment()
+    (row,) = [row for row in found["versions"] if row["name"] == "torch"]
+    assert row["inside"] is inside
+    assert ("OUTSIDE" in shown(found)) is not inside
+    assert ("not installed" in shown(found)) is (version is None)
+
+
+def test_a_cache_that_cannot_be_written_is_seen(monkeypatch, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    for folder, writable in ((tmp_path / "new" / "cache", True), (blocked / "cache", False)):
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+        found = environment.environment()
+        assert found["kernel_cache"] == {"folder": str(folder), "writable": writable}
+        assert ("NOT WRITABLE" in shown(found)) is not writable
+        assert found["variables"]["TRITON_CACHE_DIR"] == str(folder)
+    assert not (tmp_path / "new").exists()  # looking changes nothing
+
+
+def test_the_command(capsys):
+    assert cli.main(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == environment.environment()
+    assert cli.main(["env"]) == 0
+    assert "kernel cache" in capsys.readouterr().out

@@ -1,0 +1,479 @@
+"""Strange and hostile inputs: a clear error that names the value, or the answer of the plain path. Counted per kind."""
+
+import io
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import llava15_fast
+from llava15_fast import LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Processor, patching, text
+from llava15_fast.patching import SITES
+from llava15_kernels import flash_attn_with_kvcache
+
+ROOT = Path(__file__).parents[2]
+CHECKPOINT, TINY = ROOT / "assets/scenes_checkpoint", ROOT / "tests/golden/tiny_hub"
+IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
+GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+COUNTS: Counter[tuple[str, str]] = Counter()
+"""(kind, "equal" or "refused") -> inputs."""
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return LlavaOnevision1_5Processor.from_pretrained(CHECKPOINT)
+
+
+def pixels(processor, image, **options):
+    return processor(images=image, text=IMAGE, return_tensors="pt", **options)
+
+
+def random_rgb(width, height, seed=0):
+    return np.random.default_rng([width, height, seed]).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def equal(kind, processor, image, rgb, **options):
+    """`image` gives what the 8-bit RGB array `rgb`, converted by hand, gives."""
+    found, expected = pixels(processor, image, **options), pixels(processor, Image.fromarray(rgb))
+    assert torch.equal(found.image_grid_thw, expected.image_grid_thw), (kind, rgb.shape)
+    assert torch.equal(found.pixel_values, expected.pixel_values), (kind, rgb.shape)
+    assert found.pixel_values.isfinite().all()
+    COUNTS[kind, "equal"] += 1
+
+
+def refused(kind, call, match, error=ValueError):
+    with pytest.raises(error, match=match):
+        call()
+    COUNTS[kind, "refused"] += 1
+
+
+SIZES = [(1, 1), (1, 2), (2, 1), (3, 3), (1, 200), (200, 1), (13, 27), (28, 28), (29, 55), (112, 84), (1000, 30), (30, 1999)]
+
+
+def grey_rgb(grey):
+    return np.repeat(grey[..., None], 3, axis=-1)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_modes(processor, size):
+    rgb = random_rgb(*size)
+    image, grey = Image.fromarray(rgb), rgb[..., 0]
+    equal("RGB", processor, image, rgb)
+    equal("grey", processor, Image.fromarray(grey), grey_rgb(grey))
+    equal("black and white", processor, Image.fromarray(grey > 99), grey_rgb((grey > 99) * np.uint8(255)))
+    alpha = random_rgb(*size, seed=1)[..., :1]
+    equal("RGBA", processor, Image.fromarray(np.concatenate([rgb, alpha], -1)), rgb)
+    equal("grey with alpha", processor, Image.fromarray(np.concatenate([grey[..., None], alpha], -1), "LA"), grey_rgb(grey))
+    palette = Image.fromarray(grey, "P")
+    colours = random_rgb(256, 1, seed=2)[0]
+    palette.putpalette(colours.tobytes())
+    equal("palette", processor, palette, colours[grey])
+    palette.info["transparency"] = 3
+    equal("palette with transparency", processor, palette, colours[grey])
+    cmyk = np.concatenate([rgb, np.zeros_like(alpha)], -1)
+    equal("CMYK", processor, Image.fromarray(cmyk, "CMYK"), 255 - rgb)
+    deep = grey.astype(np.uint16) * 257
+    deep.flat[0] = 65535  # values to 255 count as 8-bit ones
+    by_hand = grey_rgb((deep // 257).astype(np.uint8))
+    equal("16 bits", processor, Image.fromarray(deep), by_hand)
+    equal("32 bits", processor, Image.fromarray(deep.astype(np.int32)), by_hand)
+    light = np.maximum(grey, 2)  # floats up to 1 count from 0 to 1
+    equal("float image", processor, Image.fromarray(light.astype(np.float32)), grey_rgb(light))
+
+
+@pytest.mark.parametrize("size", [size for size in SIZES if min(size) > 4], ids=str)
+def test_arrays(processor, size):
+    rgb = random_rgb(*size)
+    rgb.flat[0] = 255
+    alpha = np.concatenate([rgb, random_rgb(*size, seed=1)[..., :1]], -1)
+    wide = np.zeros((size[1], 2 * size[0], 5), np.uint8)
+    wide[:, ::2, 1:4] = rgb
+    arrays = {
+        "uint8": rgb,
+        "uint16": rgb.astype(np.uint16) * 257,
+        "int64": rgb.astype(np.int64),
+        "big-endian": (rgb.astype(np.uint16) * 257).astype(">u2"),
+        "float": rgb.astype(np.float32),
+        "float to 1": rgb / 255,
+        "half to 1": (rgb / 255).astype(np.float16),
+        "RGBA": alpha,
+        "fortran": np.asfortranarray(rgb),
+        "strided": wide[:, ::2, 1:4],
+        "negative strides": np.ascontiguousarray(rgb[::-1, ::-1])[::-1, ::-1],
+        "read-only": np.frombuffer(rgb.tobytes(), np.uint8).reshape(rgb.shape),
+    }
+    for name, array in arrays.items():
+        equal(f"array, {name}", processor, array, rgb)
+        equal(f"array, {name}", processor, np.moveaxis(array, -1, 0), rgb)
+        if array.dtype.byteorder != ">" and min(array.strides) > 0 and array.flags.writeable:
+            equal(f"tensor, {name}", processor, torch.from_numpy(array), rgb)
+            equal(f"tensor, {name}", processor, torch.from_numpy(array).permute(2, 0, 1), rgb)
+    grey = rgb[..., :1]
+    equal("array, one channel", processor, grey, grey_rgb(grey[..., 0]))
+    equal("array, one channel", processor, grey[..., 0], grey_rgb(grey[..., 0]))
+    equal("array, one channel", processor, np.moveaxis(grey, -1, 0), grey_rgb(grey[..., 0]))
+    equal("array, bool", processor, rgb > 99, (rgb > 99) * np.uint8(255))
+    equal("tensor, gradient", processor, torch.from_numpy(rgb).float().requires_grad_(), rgb)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (3, 40), (40, 3), (4, 9), (40, 1)], ids=str)
+def test_arrays_whose_shape_does_not_tell(processor, size):
+    rgb = random_rgb(*size)
+    for array, channels in ((rgb, "channels_last"), (np.moveaxis(rgb, -1, 0), "channels_first")):
+        equal("array, format given", processor, array, rgb, input_data_format=channels)
+        if array.shape[0] in (1, 3, 4) and array.shape[-1] in (1, 3, 4):
+            refused("array, ambiguous", lambda array=array: pixels(processor, array), re.escape(str(array.shape)))
+
+
+BAD_ARRAYS = [
+    *((np.zeros(shape, np.uint8), re.escape(str(shape)), {}) for shape in [(), (5,), (0, 5), (5, 0, 3), (3, 0, 0), (9, 8, 2)]),
+    *((np.zeros(shape, np.uint8), re.escape(str(shape)), {}) for shape in [(9, 8, 5), (2, 3, 4, 5, 6), (7, 8, 9)]),
+    *((np.full((8, 8, 3), value), "values from", {}) for value in [-1, 65536, -0.5, float("nan"), float("inf"), 1e30]),
+    *((np.full((8, 8), 0, dtype), "dtype", {}) for dtype in [np.complex64, "U3", object]),
+    (torch.zeros(8, 8, 3, dtype=torch.complex64), "dtype complex64", {}),
+    (np.zeros((8, 8, 3), np.uint8), "8, 8, 3", {"input_data_format": "channels_first"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("array", "match", "options"), BAD_ARRAYS)
+def test_bad_arrays(processor, array, match, options):
+    refused("array, bad", lambda: pixels(processor, array, **options), match)
+
+
+@pytest.mark.parametrize("size", [(8000, 30), (30, 8000), (1, 201), (700, 3)])
+def test_too_long_and_thin(processor, size):
+    refused("too thin", lambda: pixels(processor, Image.fromarray(random_rgb(*size))), "aspect ratio must be smaller than 200")
+
+
+def encoded(image, kind, **options):
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+FORMATS = ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_damaged_files(processor, tmp_path, kind):
+    """Cut anywhere, or with wrong bytes: ValueError with the file's name, or what Pillow itself makes of the file."""
+    if kind == "WEBP":
+        pytest.importorskip("PIL._webp")
+    whole = encoded(Image.fromarray(random_rgb(40, 30)), kind)
+    random_state, path = random.Random(kind), tmp_path / f"damaged.{kind.lower()}"
+    for attempt in range(40):
+        data = bytearray(whole)
+        if attempt % 2:
+            del data[random_state.randrange(len(data)) :]
+        else:
+            for _ in range(random_state.randrange(1, 9)):
+                data[random_state.randrange(min(len(data), 200))] = random_state.randrange(256)
+        path.write_bytes(data)
+        try:
+            found = pixels(processor, path)
+        except ValueError as error:
+            assert path.name in str(error) or "aspect ratio" in str(error)
+            COUNTS[f"damaged {kind}", "refused"] += 1
+            continue
+        with Image.open(path) as image:
+            assert torch.equal(found.pixel_values, pixels(processor, image.convert("RGB")).pixel_values)
+        COUNTS[f"damaged {kind}", "equal"] += 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientations(processor, tmp_path, orientation):
+    rgb = random_rgb(40, 20)
+    turns = {1: rgb, 2: rgb[:, ::-1], 3: rgb[::-1, ::-1], 4: rgb[::-1], 5: rgb.swapaxes(0, 1)}
+    turns |= {6: rgb[::-1].swapaxes(0, 1), 7: rgb[::-1, ::-1].swapaxes(0, 1), 8: rgb[:, ::-1].swapaxes(0, 1)}
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "turned.png").write_bytes(encoded(Image.fromarray(rgb), "PNG", exif=exif))
+    equal("EXIF orientation", processor, tmp_path / "turned.png", np.ascontiguousarray(turns[orientation]))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "TIFF"])
+def test_animated_files_are_their_first_frame(processor, tmp_path, kind):
+    frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "lime", "blue")]
+    (tmp_path / "moving").write_bytes(encoded(frames[0], kind, save_all=True, append_images=frames[1:]))
+    equal("animated", processor, tmp_path / "moving", np.asarray(frames[0]))
+
+
+def test_decompression_bombs(processor, tmp_path, monkeypatch):
+    (tmp_path / "bomb.png").write_bytes(encoded(Image.new("1", (3000, 3000)), "PNG"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+    refused("bomb", lambda: pixels(processor, tmp_path / "bomb.png"), r"bomb\.png.*exceeds limit")
+
+
+# Grids and prompts
+
+
+def grids_of_vision(random_state):
+    wrong = [[1, 4, 6], [2, 4, 4], [0, 4, 4], [-1, 4, 4], [1, -4, -4], [1, 3, 4], [1, 4, 5], [1, 2**31, 2], [2**40, 4, 4]]
+    yield from ([grid] for grid in wrong)
+    for _ in range(60):
+        yield [[random_state.choice([-2, 0, 1, 2, 3]), *(random_state.randrange(-3, 12) for _ in "hw")] for _ in "ab"]
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_grids(tiny, golden, patched):
+    inputs = {key: value for key, value in golden["one_image"][0].items() if key != "labels"}
+    expected = tiny.generate(**inputs, **GREEDY)
+    if patched:
+        llava15_fast.patch(tiny, "torch")
+    patches, random_state = inputs["pixel_values"].shape[0], random.Random(5)
+    for grid in grids_of_vision(random_state):
+        sizes = [t * h * w for t, h, w in grid]
+        if min(min(row) for row in grid) > 0 and sum(sizes) == patches and not any(h % 2 or w % 2 for _, h, w in grid):
+            continue
+        bad = {**inputs, "image_grid_thw": torch.tensor(grid, device=tiny.device)}
+        refused("grid", lambda bad=bad: tiny.generate(**bad, **GREEDY), "grid_thw")
+    for shape in [(3,), (0, 3), (1, 2), (1, 4), (1, 1, 3)]:
+        bad = {**inputs, "image_grid_thw": torch.ones(shape, dtype=torch.long, device=tiny.device)}
+        refused("grid", lambda bad=bad: tiny(**bad), "grid_thw")
+    assert torch.equal(tiny.generate(**inputs, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_prompts_with_the_wrong_number_of_placeholders(tiny, golden, patched):
+    inputs = {key: value for key, value in golden["one_image"][0].items() if key not in ("labels", "attention_mask")}
+    if patched:
+        llava15_fast.patch(tiny, "torch")
+    token, ids = tiny.config.image_token_id, inputs["input_ids"]
+    right = int((ids == token).sum())
+    for placeholders in [0, 1, right - 1, right + 1, 2 * right, 500]:
+        prompt = torch.cat([ids[:, :1], ids.new_full((1, placeholders), token), ids[:, -1:]], -1)
+        bad = {**inputs, "input_ids": prompt}
+        refused("placeholders", lambda bad=bad: tiny.generate(**bad, **GREEDY), f"{placeholders} image placeholder tokens")
+
+
+def test_text_prompts(processor):
+    image = Image.fromarray(random_rgb(40, 30))
+    for images, prompts in [(1, 0), (0, 1), (2, 1), (1, 2), (3, 5), (0, 7), (1, 40)]:
+        for token, kind, name in ((IMAGE, [image], "images"), (VIDEO, [[image]], "videos")):
+            call = {name: kind * images or None, "text": token * prompts}
+            refused("text", lambda call=call: processor(**call), f"{prompts} .*placeholders in the text, but {images}")
+
+
+# Checkpoints
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copytree(TINY, tmp_path / "model", copy_function=shutil.copyfile)
+    return tmp_path / "model"
+
+
+def load(folder):
+    return LlavaOnevision1_5ForConditionalGeneration.from_pretrained(folder)
+
+
+def sharded(folder, names=("a.safetensors", "b.safetensors")):
+    tensors = sorted(load_file(folder / "model.safetensors").items())
+    (folder / "model.safetensors").unlink()
+    index = {}
+    for half, name in enumerate(names):
+        part = dict(tensors[half::2])
+        (folder / name).parent.mkdir(exist_ok=True)
+        save_file(part, folder / name, {"format": "pt"})
+        index |= dict.fromkeys(part, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def test_cut_and_wrong_weights(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    for length in [0, 4, 8, 100, len(whole) // 2, len(whole) - 1]:
+        (folder / "model.safetensors").write_bytes(whole[:length])
+        refused("checkpoint", lambda: load(folder), r"model\.safetensors is not a complete", OSError)
+    (folder / "model.safetensors").write_bytes((2**63 - 1).to_bytes(8, "little") + whole[8:])
+    refused("checkpoint", lambda: load(folder), r"model\.safetensors is not a complete", OSError)
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 1), (490, 48, 2)])
+def test_tensors_of_a_wrong_shape_are_named(folder, shape):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = torch.zeros(shape)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    refused("checkpoint", lambda: load(folder), "mismatch", RuntimeError)
+
+
+@pytest.mark.parametrize(
+    "name", ["../a.safetensors", "/tmp/a.safetensors", "x/../../a.safetensors", "a.safetensors/..", "..", ""]
+)
+def test_an_index_that_leaves_its_folder(folder, name):
+    sharded(folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["lm_head.weight"] = name
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    shutil.copy(folder / "a.safetensors", folder.parent)
+    refused("checkpoint", lambda: load(folder), r"expected a file of the same folder|is missing", OSError)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "{}", '{"weight_map": 3}', '{"weight_map": []}', '{"weight_map": {"x": 3}}']
+)
+def test_an_unreadable_index(folder, text):
+    sharded(folder)
+    (folder / "model.safetensors.index.json").write_text(text)
+    refused("checkpoint", lambda: load(folder), r"model\.safetensors\.index\.json", OSError)
+
+
+def test_a_missing_shard(folder):
+    sharded(folder)
+    load(folder)
+    (folder / "b.safetensors").unlink()
+    refused("checkpoint", lambda: load(folder), r"b\.safetensors is missing", OSError)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (Path.touch, (Path("exploded"),))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00001.bin"])
+def test_pickles_are_refused(folder, name, monkeypatch):
+    (folder / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Bomb()}, folder / name)
+    if "of" in name:
+        index = {"metadata": {}, "weight_map": {"lm_head.weight": name}}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    monkeypatch.chdir(folder)
+    refused("checkpoint", lambda: load(folder), r"safetensors", OSError)
+    assert not (folder / "exploded").exists()
+
+
+CONFIGS = [
+    ("text_config", "num_attention_heads", 0), ("text_config", "num_attention_heads", 3), ("text_config", "hidden_size", -1),
+    ("text_config", "hidden_size", "wide"), ("text_config", "vocab_size", 0), ("text_config", "num_key_value_heads", 3),
+    ("text_config", "head_dim", 7), ("text_config", "num_hidden_layers", -1), ("text_config", "hidden_act", "nothing"),
+    ("vision_config", "num_heads", 0), ("vision_config", "num_heads", 3), ("vision_config", "patch_size", 0),
+    ("vision_config", "depth", -1), ("vision_config", "hidden_size", 1.5), ("vision_config", "spatial_merge_size", 0),
+    ("vision_config", "hidden_act", "nothing"),
+]  # fmt: skip
+
+
+ERRORS = (ValueError, TypeError, RuntimeError, KeyError, StrictDataclassError)
+
+
+@pytest.mark.parametrize(("part", "key", "value"), CONFIGS)
+def test_wrong_values_of_the_configuration(folder, part, key, value):
+    config = json.loads((folder / "config.json").read_text())
+    config[part][key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    refused("configuration", lambda: load(folder), rf"{key}|'nothing'|ignore_mismatched_sizes", ERRORS)
+
+
+# Interruptions, and kernels that cannot be made
+
+
+def traces(model):
+    return [path for path, module in model.named_modules() if SITES in module.__dict__]
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_control_c_in_the_middle_of_patch(tiny, golden, monkeypatch, step):
+    """At every replacement, and while weights are laid side by side."""
+    inputs = {key: value for key, value in golden["one_image"][0].items() if key != "labels"}
+    with torch.no_grad():
+        expected = tiny(**inputs).logits
+    left = iter(range(step))
+    weights = {name: value.clone() for name, value in tiny.state_dict().items()}
+
+    def interrupted(function):
+        def call(*args, **kwargs):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(patching, "_install", interrupted(patching._install))
+    monkeypatch.setattr(llava15_fast.fusing, "side_by_side", interrupted(llava15_fast.fusing.side_by_side))
+    with pytest.raises(KeyboardInterrupt):
+        llava15_fast.patch(tiny, "torch")
+    assert not traces(tiny)
+    assert all(torch.equal(weights[name], value) for name, value in tiny.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(tiny(**inputs).logits, expected)
+    monkeypatch.undo()
+    llava15_fast.patch(tiny, "torch")
+    COUNTS["Ctrl-C", "equal"] += 1
+
+
+@pytest.mark.parametrize("call", [0, 3, 7])
+def test_control_c_in_the_middle_of_generate(tiny, golden, monkeypatch, call):
+    inputs = {key: value for key, value in golden["one_image"][0].items() if key != "labels"}
+    expected = tiny.generate(**inputs, **GREEDY)
+    handle = llava15_fast.patch(tiny, "torch")
+    left = iter(range(call))
+
+    def interrupted(*args, **kwargs):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return flash_attn_with_kvcache(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(text, "flash_attn_with_kvcache", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.generate(**inputs, **GREEDY)
+    assert torch.equal(tiny.generate(**inputs, **GREEDY), expected) and handle.report().rows
+    llava15_fast.unpatch(tiny)
+    assert torch.equal(tiny.generate(**inputs, **GREEDY), expected) and not traces(tiny)
+    COUNTS["Ctrl-C", "equal"] += 1
+
+
+def test_a_kernel_that_fails_is_an_error_and_no_answer(tiny, golden, monkeypatch):
+    """Nothing runs on half the kernels: what the compiler says comes out, and the next call, or `unpatch`, is right."""
+    inputs = {key: value for key, value in golden["one_image"][0].items() if key != "labels"}
+    with torch.no_grad():
+        expected = tiny(**inputs).logits
+        llava15_fast.patch(tiny, "torch")
+
+        def fails(*args, **kwargs):
+            raise RuntimeError("PTX assembly aborted due to errors")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(text, "rms_norm", fails)
+            with pytest.raises(RuntimeError, match="PTX assembly aborted"):
+                tiny(**inputs)
+        torch.testing.assert_close(tiny(**inputs).logits, expected, rtol=0, atol=1e-4)
+        llava15_fast.unpatch(tiny)
+        assert torch.equal(tiny(**inputs).logits, expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU needs a cache to compile into")
+def test_an_unwritable_kernel_cache(tmp_path):
+    """Without a GPU nothing is compiled, and nothing is written."""
+    (tmp_path / "file").touch()
+    code = f"""
+import os; os.environ["TRITON_CACHE_DIR"] = {str(tmp_path / "file" / "cache")!r}
+import torch, llava15_fast
+model = llava15_fast.LlavaOnevision1_5ForConditionalGeneration.from_pretrained({str(TINY)!r}).eval()
+ids = torch.arange(5, 12)[None]
+expected = model.generate(ids, max_new_tokens=3, do_sample=False)
+llava15_fast.patch(model)
+assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), expected)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"})
+
+
+def test_the_count():
+    """At least 500 inputs, of every kind some; after all tests above (`-s` shows the table)."""
+    kinds = sorted({kind for kind, _ in COUNTS})
+    if "checkpoint" not in kinds or "RGB" not in kinds or "Ctrl-C" not in kinds:
+        pytest.skip("only some of the tests ran")
+    print(f"\n{'inputs':40} equal  refused")
+    for kind in kinds:
+        print(f"{kind:40} {COUNTS[kind, 'equal']:5}  {COUNTS[kind, 'refused']:7}")
+    assert sum(COUNTS.values()) >= 500

@@ -1,0 +1,158 @@
+"""LoRA on what is patched: added before or after, switched off and on, merged, unloaded; and quantised linears.
+
+Skipped without peft; the quantised part without torchao.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import llava15_fast
+from llava15_fast import fusing
+
+peft = pytest.importorskip("peft")
+
+TARGETS = ["q_proj", "v_proj", "gate_proj", "o_proj", "down_proj", "lm_head", "attn.qkv"]
+GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture
+def prompt(golden):
+    return {key: value for key, value in golden["one_image"][0].items() if key != "labels"}
+
+
+def with_lora(model, targets=TARGETS, name="default", seed=1):
+    """`model` with adapters that change the answer: both factors random, where peft begins with one at zero."""
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=targets, init_lora_weights=False)
+    torch.manual_seed(seed)
+    if isinstance(model, peft.PeftModel):
+        model.add_adapter(name, config)
+        return model
+    return peft.get_peft_model(model, config, adapter_name=name).eval()
+
+
+def answers(model, prompt):
+    """Logits of a prompt, and of what follows it greedily: the decode steps are compared too, not only their ids."""
+    with torch.no_grad():
+        first = model(**prompt).logits
+    out = model.generate(**prompt, **GREEDY, return_dict_in_generate=True, output_logits=True)
+    return first, torch.stack(out.logits, 1), out.sequences
+
+
+def assert_equal(found, expected):
+    for ours, theirs in zip(found[:2], expected[:2], strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert torch.equal(found[2], expected[2])
+
+
+STEPS = {
+    "adapter": lambda model: None,
+    "disabled": lambda model: model.base_model.disable_adapter_layers(),
+    "enabled": lambda model: model.base_model.enable_adapter_layers(),
+    "second": lambda model: (with_lora(model, name="second", seed=2), model.set_adapter("second")),
+    "back": lambda model: model.set_adapter("default"),
+    "merged": lambda model: model.merge_adapter(),
+    "unmerged": lambda model: model.unmerge_adapter(),
+    "safely merged": lambda model: model.merge_adapter(safe_merge=True),
+    "unmerged again": lambda model: model.unmerge_adapter(),
+}
+
+
+@pytest.mark.parametrize(("backend", "patch_first"), [("torch", False), ("torch", True), ("triton", False)])
+def test_adapters_switched_between_generates(tiny, prompt, patch_first, backend):
+    plain = with_lora(copy.deepcopy(tiny))
+    if patch_first:
+        handle = llava15_fast.patch(tiny, backend)
+        answers(tiny, prompt)
+    model = with_lora(tiny)
+    if not patch_first:
+        handle = llava15_fast.patch(model, backend)
+    seen = []
+    for step, change in STEPS.items():
+        change(plain)
+        change(model)
+        expected = answers(plain, prompt)
+        assert_equal(answers(model, prompt), expected)
+        seen.append(expected[0])
+        assert not any(row.fallbacks for row in handle.report().rows), step
+    # The steps are not all the same answer: an adapter that nobody runs would pass the comparison above.
+    assert (seen[0] - seen[1]).abs().max() > 0.1 and (seen[0] - seen[3]).abs().max() > 0.1
+    llava15_fast.unpatch(model)
+    assert_equal(answers(model, prompt), answers(plain, prompt))
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+@pytest.mark.parametrize("end", ["merge_and_unload", "unload"])
+@pytest.mark.parametrize("patch_first", [False, True])
+def test_adapters_taken_off(tiny, prompt, patch_first, end, safe_merge):
+    options = {"safe_merge": safe_merge} if end == "merge_and_unload" else {}
+    before = answers(tiny, prompt)
+    plain = getattr(with_lora(copy.deepcopy(tiny)), end)(**options)
+    if patch_first:
+        handle = llava15_fast.patch(tiny, "torch")
+    model = with_lora(tiny)
+    if not patch_first:
+        handle = llava15_fast.patch(model, "torch")
+    answers(model, prompt)
+    model = getattr(model, end)(**options)
+    expected = answers(plain, prompt)
+    assert_equal(answers(model, prompt), expected)
+    assert ((expected[0] - before[0]).abs().max() > 0.1) == (end == "merge_and_unload")
+    assert not any(row.fallbacks for row in handle.report().rows)
+    attention = model.model.language_model.layers[0].self_attn
+    assert len({getattr(attention, name).weight.untyped_storage().data_ptr() for name in ("q_proj", "k_proj", "v_proj")}) == 1
+
+
+@pytest.mark.parametrize("patch_first", [False, True])
+def test_training_an_adapter_on_a_patched_model(tiny, golden, patch_first):
+    inputs = golden["one_image"][0]
+    plain = with_lora(copy.deepcopy(tiny))
+    if patch_first:
+        llava15_fast.patch(tiny, "torch")
+    model = with_lora(tiny)
+    if not patch_first:
+        llava15_fast.patch(model, "torch")
+    for trained in (plain, model):
+        trained.train()
+        optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            trained(**inputs).loss.backward()
+            optimizer.step()
+        trained.eval()
+    pairs = list(zip(plain.named_parameters(), model.named_parameters(), strict=True))
+    assert sum(p.grad is not None for (_, p), _ in pairs) == 2 * sum("lora_A" in name for (name, _), _ in pairs) > 0
+    for (name, theirs), (own_name, ours) in pairs:
+        assert name == own_name and torch.equal(ours, theirs), name
+        assert (ours.grad is None and theirs.grad is None) or torch.equal(ours.grad, theirs.grad), name
+    prompt = {key: value for key, value in inputs.items() if key != "labels"}
+    assert_equal(answers(model, prompt), answers(plain, prompt))
+
+
+@pytest.mark.parametrize("patch_first", [False, True])
+def test_int8_weight_only_linears(tiny, prompt, patch_first):
+    """torchao's linears are `nn.Linear` with a weight of another class: left alone, everything around them still patched."""
+    quantization = pytest.importorskip("torchao.quantization")
+
+    def quantize(model):
+        quantization.quantize_(model.model.language_model, quantization.Int8WeightOnlyConfig())
+
+    unquantised = answers(tiny, prompt)
+    plain = copy.deepcopy(tiny)
+    quantize(plain)
+    if patch_first:
+        handle = llava15_fast.patch(tiny, "torch")
+        answers(tiny, prompt)
+    quantize(tiny)
+    if not patch_first:
+        handle = llava15_fast.patch(tiny, "torch")
+    linears = [m for m in tiny.model.language_model.modules() if isinstance(m, nn.Linear)]
+    weights = [type(linear.weight) for linear in linears]
+    expected = answers(plain, prompt)
+    assert_equal(answers(tiny, prompt), expected)
+    assert [type(linear.weight) for linear in linears] == weights and nn.Parameter not in weights
+    assert not any(fusing.can_fuse(linear) for linear in linears)
+    assert not any(row.fallbacks for row in handle.report().rows)
+    assert (expected[0] - unquantised[0]).abs().max() > 1e-3  # it is quantised
