@@ -162,6 +162,7 @@ class DecodeGraphs(Graphs):
             for entry in self.entries:
                 keys = entry.storages[0][0]
                 fits = keys.shape[0] == batch and tokens <= keys.shape[1]
+                fits = fits and not any(hasattr(side, "shown") for pair in entry.storages for side in pair)
                 if fits and entry.owner() is None and (keys.dtype, keys.device) == (like.dtype, like.device):
                     for layer, storages in zip(cache.layers, entry.storages, strict=True):
                         layer.storages = tuple(side.zero_() for side in storages)

@@ -61,6 +61,7 @@ class _Side:
 
     def show(self) -> torch.Tensor:
         self.shown = max(self.shown, self.length)
+        self.storage.shown = True  # outlives this layer: see `DecodeGraphs.lend`
         return self.view
 
     def reserve(self, tokens: int) -> None:
@@ -81,13 +82,14 @@ class PreallocatedLayer(DynamicLayer):
     """A `DynamicLayer` on storages that the kernels write into."""
 
     def __init__(self) -> None:
+        self._private = False
         self._keys: _Side | None = None
         self._values: _Side | None = None
         super().__init__()
 
     @property
     def keys(self) -> torch.Tensor | None:
-        return None if self._keys is None else self._keys.show()
+        return None if self._keys is None else self._keys.view if self._private else self._keys.show()
 
     @keys.setter
     def keys(self, tensor: torch.Tensor | None) -> None:
@@ -95,7 +97,7 @@ class PreallocatedLayer(DynamicLayer):
 
     @property
     def values(self) -> torch.Tensor | None:
-        return None if self._values is None else self._values.show()
+        return None if self._values is None else self._values.view if self._private else self._values.show()
 
     @values.setter
     def values(self, tensor: torch.Tensor | None) -> None:
@@ -123,11 +125,12 @@ class PreallocatedLayer(DynamicLayer):
         return self._keys.view, self._values.view
 
     def crop(self, tokens_to_remove: int) -> None:
-        shown = [side and side.shown for side in (self._keys, self._values)]
-        super().crop(tokens_to_remove)
-        for side, before in zip((self._keys, self._values), shown, strict=True):
-            if side is not None:
-                side.shown = before
+        """As transformers', which reads keys and values to shorten them and keeps nothing of what it read."""
+        self._private = True
+        try:
+            super().crop(tokens_to_remove)
+        finally:
+            self._private = False
 
     def reset(self) -> None:
         self.keys = self.values = None

@@ -274,3 +274,15 @@ def test_large_images_and_changed_weights_run_without_the_old_graph(patched, pro
     assert replays(handle, "visual.encode") == 2
     llava15_fast.unpatch(model)
     torch.testing.assert_close(found, features(model, prompt), rtol=0, atol=1e-4)
+
+
+def test_cropping_does_not_cost_the_graph_its_storages(patched, prompts):
+    """The loop crops what came after the end; the next request still replays."""
+    model, handle = patched
+    out = model.generate(**prompts("text"), max_new_tokens=6, return_dict_in_generate=True, **OPTIONS)
+    out.past_key_values.crop(-2)
+    del out
+    gc.collect()
+    before = replays(handle)
+    model.generate(**prompts("text"), max_new_tokens=6, **OPTIONS)
+    assert replays(handle) == before + 5
