@@ -7,6 +7,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What pytest-xdist tells its workers is not for the programs that tests start, nor is its width for tables.
+for _name in [name for name in os.environ if name.startswith("PYTEST_XDIST") or name == "COLUMNS"]:
+    del os.environ[_name]
 
 import json
 from pathlib import Path

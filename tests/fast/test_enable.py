@@ -40,7 +40,7 @@ def test_models_patch_themselves(auto_class, golden):
     plain = auto_class.from_pretrained(TINY, trust_remote_code=True).eval()
     assert not backends(plain) and backends(model) == {"torch"}
     with torch.no_grad():
-        torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits, rtol=0, atol=1e-4)
 
 
 def test_disable_leaves_no_trace():
