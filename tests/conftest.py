@@ -7,9 +7,6 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# What pytest-xdist tells its workers is not for the programs that tests start, nor is its width for tables.
-for _name in [name for name in os.environ if name.startswith("PYTEST_XDIST") or name == "COLUMNS"]:
-    del os.environ[_name]
 
 import json
 from pathlib import Path
@@ -18,6 +15,10 @@ import pytest
 from safetensors.torch import load_file
 
 import llava15_fast
+
+# What pytest-xdist tells its workers is not for the programs that tests start, nor is its width for tables.
+for _name in [name for name in os.environ if name.startswith("PYTEST_XDIST") or name == "COLUMNS"]:
+    del os.environ[_name]
 
 GOLDEN = Path(__file__).parent / "golden"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
