@@ -51,7 +51,7 @@ $(VENV)/ready: setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL_TORCH)
-	$(BIN)/pip install --quiet --editable '.[dev]' $(PINS)
+	$(BIN)/pip install --quiet --editable '.[dev,benchmarks]' $(PINS)
 	touch $@
 
 clean:

@@ -23,7 +23,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from .refusal import has_hooks
 from .sites import site_of
-from .text import LeftPadding
+from .text import LeftPadding, spans_of
 
 LAG = 2
 """Tokens between two looks at whether all sequences have ended."""
@@ -191,7 +191,7 @@ def decode(
         length += 1
         if length >= max_length or (eos_ids is not None and watch.stopped(unfinished)):
             break
-        step_inputs = _next_inputs(model, ids[:, :length], generation_config, outputs, model_kwargs, step_inputs)
+        step_inputs = _next_inputs(model, ids[:, :length], outputs, model_kwargs, step_inputs)
         del outputs
         outputs = model(**step_inputs, return_dict=True)
 
@@ -240,7 +240,6 @@ def _refusal(
 def _next_inputs(
     model: nn.Module,
     ids: torch.Tensor,
-    config: GenerationConfig,
     outputs: Any,
     model_kwargs: dict[str, Any],
     previous: dict[str, Any] | None,
@@ -268,12 +267,10 @@ def _next_inputs(
 
 def _left_padding(mask: torch.Tensor) -> tuple[int, ...] | None:
     """Where the tokens of each prompt begin, if nothing but what is before that is masked."""
-    if mask.ndim != 2:
+    spans = spans_of(mask) if mask.ndim == 2 else None
+    if spans is None or any(end != mask.shape[1] for _, end in spans):
         return None
-    starts = mask.shape[1] - mask.long().sum(-1)
-    expected = torch.arange(mask.shape[1], device=mask.device) >= starts[:, None]
-    *starts, plain = torch.cat([starts, (mask.bool() == expected).all()[None].long()]).tolist()
-    return tuple(starts) if plain else None
+    return tuple(start for start, _ in spans)
 
 
 class _StopWatch:

@@ -25,10 +25,15 @@ def capacity_for(tokens: int) -> int:
 class _Side:
     """Keys or values of one layer: `view` shows the first `length` tokens of `storage`."""
 
-    def __init__(self, storage: torch.Tensor, length: int = 0, shown: int = 0) -> None:
+    def __init__(self, storage: torch.Tensor, length: int = 0) -> None:
         self.storage = storage
         self.length = length
-        self.shown = shown  # tokens that someone outside may have kept a view of
+
+    @property
+    def shown(self) -> int:
+        """Tokens that someone outside may have kept a view of. The storage knows, for it may outlive this object
+        (`DecodeGraphs.lend`)."""
+        return getattr(self.storage, "shown", 0)
 
     @property
     def view(self) -> torch.Tensor:
@@ -47,7 +52,7 @@ class _Side:
         """(B, heads, length, head_dim) in a storage; in the present one if it is a shorter view of that."""
         length = tensor.shape[2]
         if present is not None and length <= present.length and present.is_start(tensor):
-            return cls(present.storage, length, present.shown)
+            return cls(present.storage, length)
         side = cls.empty(tensor, length, tensor.device)
         side.append(tensor)
         return side
@@ -60,14 +65,12 @@ class _Side:
         )
 
     def show(self) -> torch.Tensor:
-        self.shown = max(self.shown, self.length)
-        self.storage.shown = True  # outlives this layer: see `DecodeGraphs.lend`
+        self.storage.shown = max(self.shown, self.length)
         return self.view
 
     def reserve(self, tokens: int) -> None:
         """Room for `tokens`, none of it seen by anyone."""
         if tokens > self.storage.shape[1] or self.shown > self.length:
-            self.shown = 0
             larger = _Side.empty(self.view, tokens, self.storage.device)
             larger.append(self.view)
             self.storage = larger.storage
@@ -141,7 +144,7 @@ class PreallocatedLayer(DynamicLayer):
         for side in (self._keys, self._values):
             if side is not None:
                 if side.shown:
-                    side.storage, side.shown = side.storage.clone(), 0
+                    side.storage = side.storage.clone()
                 filled = side.storage[:, : side.length]
                 filled.copy_(filled.index_select(0, beam_idx.to(filled.device)))
 

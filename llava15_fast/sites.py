@@ -56,7 +56,7 @@ class Site:
 
 @functools.cache
 def _log_fallback(path: str, attribute: str, reason: str) -> None:
-    logger.warning("%s.%s runs without the kernels: %s", path, attribute, reason)
+    logger.warning("%s.%s: the original runs (%s)", path, attribute, reason)
 
 
 def site_of(module: nn.Module, attribute: str = "forward") -> Site:

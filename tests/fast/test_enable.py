@@ -41,6 +41,9 @@ def test_models_patch_themselves(auto_class, golden):
     assert not backends(plain) and backends(model) == {"torch"}
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits, rtol=0, atol=1e-4)
+        # Patching by hand gives the same bits.
+        llava15_fast.patch(plain, "torch")
+        assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
 
 
 def test_disable_leaves_no_trace():
