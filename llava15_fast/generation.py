@@ -23,7 +23,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from .refusal import has_hooks
 from .sites import site_of
-from .text import LeftPadding, spans_of
+from .text import KNOWN_PADDING, LeftPadding, spans_of
 
 LAG = 2
 """Tokens between two looks at whether all sequences have ended."""
@@ -166,7 +166,10 @@ def decode(
     length = prompt_length
     unfinished = torch.ones(batch, dtype=torch.bool, device=device)
     watch = _StopWatch(device)
-    outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+    randomness = _Randomness(device)
+    padding = _left_padding(model, model_kwargs)
+    known = {} if padding is None or generation_config.prefill_chunk_size is not None else {KNOWN_PADDING: padding}
+    outputs = model._prefill(input_ids, generation_config, {**model_kwargs, **known}, is_first_iteration=True)
     step_inputs = None
     while True:
         logits = outputs.logits[:, -1]
@@ -178,6 +181,7 @@ def decode(
         if keep_logits:
             raw_logits.append(logits)
         if generation_config.do_sample:
+            randomness.note()
             tokens = torch.multinomial(processed.softmax(-1), num_samples=1)[:, 0]
         else:
             tokens = processed.argmax(-1)
@@ -191,14 +195,16 @@ def decode(
         length += 1
         if length >= max_length or (eos_ids is not None and watch.stopped(unfinished)):
             break
-        step_inputs = _next_inputs(model, ids[:, :length], outputs, model_kwargs, step_inputs)
+        step_inputs = _next_inputs(model, ids[:, :length], outputs, model_kwargs, padding, step_inputs)
         del outputs
         outputs = model(**step_inputs, return_dict=True)
 
     needed = _tokens_needed(ids[:, prompt_length:length], eos_ids)
     cache = model_kwargs.get("past_key_values", outputs.past_key_values)
-    if cache is not None and (surplus := length - prompt_length - needed):
-        cache.crop(-surplus)
+    if surplus := length - prompt_length - needed:
+        if cache is not None:
+            cache.crop(-surplus)
+        randomness.rewind(surplus)
     sequences = ids[:, : prompt_length + needed].clone()
     if not generation_config.return_dict_in_generate:
         return sequences
@@ -242,17 +248,15 @@ def _next_inputs(
     ids: torch.Tensor,
     outputs: Any,
     model_kwargs: dict[str, Any],
+    padding: LeftPadding | None,
     previous: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The arguments of the next forward: prepared by transformers for the first time, continued after that."""
     if previous is None:
         model_kwargs.update(model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False))
         inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **model_kwargs)
-        mask = inputs.get("attention_mask")
-        # Someone who listens to the models expects a tensor.
-        heard = any(has_hooks(module) for module in (model, model.model, model.model.language_model))
-        if mask is not None and not heard and (starts := _left_padding(mask)) is not None:
-            inputs["attention_mask"] = LeftPadding(starts, mask.shape[1])
+        if padding is not None:
+            inputs["attention_mask"] = LeftPadding(padding.starts, padding.total + 1)
         return inputs
     inputs = {**previous, "input_ids": ids[:, -1:]}
     if (positions := previous.get("position_ids")) is not None:
@@ -265,12 +269,16 @@ def _next_inputs(
     return inputs
 
 
-def _left_padding(mask: torch.Tensor) -> tuple[int, ...] | None:
-    """Where the tokens of each prompt begin, if nothing but what is before that is masked."""
-    spans = spans_of(mask) if mask.ndim == 2 else None
+def _left_padding(model: nn.Module, model_kwargs: dict[str, Any]) -> LeftPadding | None:
+    """The attention mask, read from the device; None if there is none, or if someone else has to see it as a tensor."""
+    mask = model_kwargs.get("attention_mask")
+    heard = any(has_hooks(module) for module in (model, model.model, model.model.language_model))
+    if heard or not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        return None
+    spans = spans_of(mask)
     if spans is None or any(end != mask.shape[1] for _, end in spans):
         return None
-    return tuple(start for start, _ in spans)
+    return LeftPadding(tuple(start for start, _ in spans), mask.shape[1])
 
 
 class _StopWatch:
@@ -297,6 +305,23 @@ class _StopWatch:
         flag, event = self.flags.popleft()
         event.synchronize()
         return not bool(flag)
+
+
+class _Randomness:
+    """The random generator's states before the last draws: those for tokens beyond the end are to leave no trace."""
+
+    def __init__(self, device: torch.device) -> None:
+        on_gpu = device.type != "cpu"
+        self.generator = torch.get_device_module(device).default_generators[device.index] if on_gpu else torch.default_generator
+        self.states: deque[torch.Tensor] = deque(maxlen=2 * LAG)
+
+    def note(self) -> None:
+        """Before a draw. On a GPU the state is a seed and an offset, kept by the host."""
+        self.states.append(self.generator.get_state())
+
+    def rewind(self, draws: int) -> None:
+        if self.states:
+            self.generator.set_state(self.states[-draws])
 
 
 def _tokens_needed(generated: torch.Tensor, eos_ids: torch.Tensor | None) -> int:

@@ -85,7 +85,7 @@ class VisionLayout:
         cu_seqlens[1:] = torch.tensor(lengths).cumsum(0)
         position_ids = torch.cat(positions)
         patch_rows = (position_ids[:, 0] >= 0).nonzero()[:, 0]
-        return cls(tuple(lengths), *(tensor.to(device) for tensor in (cu_seqlens, position_ids, patch_rows)))
+        return cls(tuple(lengths), *(tensor.to(device, non_blocking=True) for tensor in (cu_seqlens, position_ids, patch_rows)))
 
 
 class LlavaOnevision1_5VisionPatchEmbed(nn.Module):
@@ -403,9 +403,11 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """The vision tower's output with `pooler_output` split: one (t*h*w/4, text width) tensor per image."""
         pixel_values = pixel_values.to(self.visual.dtype)
+        # Before the tower is launched: after that the host would wait for it.
+        grids = self.visual.check_inputs(pixel_values, image_grid_thw)
         output = self.visual(pixel_values, grid_thw=image_grid_thw, **{**kwargs, "return_dict": True})
-        sizes = (image_grid_thw.prod(-1) // self.visual.spatial_merge_size**2).tolist()
-        output.pooler_output = output.pooler_output.split(sizes)
+        merged = self.visual.spatial_merge_size**2
+        output.pooler_output = output.pooler_output.split([t * h * w // merged for t, h, w in grids])
         return output
 
     def get_video_features(
@@ -423,27 +425,30 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         placeholder = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
         return (inputs_embeds == placeholder).all(-1)
 
-    def insert_features(
+    def find_placeholders(
         self,
         kind: str,
         token_id: int,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor,
-        features: torch.Tensor,
+        pixels: torch.Tensor,
+        grid_thw: torch.Tensor | None,
     ) -> torch.Tensor:
-        """`inputs_embeds` (B, L, width) with the embeddings of the placeholder tokens replaced by `features`.
+        """(B, L) where features take the place of embeddings. Reads from the device, and the vision tower has not begun.
 
         Raises:
-            ValueError: the number of placeholders is not the number of feature rows.
+            ValueError: the number of placeholders is not the number of features, or grids and pixels do not match.
         """
+        if grid_thw is None:
+            raise ValueError(f"{kind} pixels were passed without {kind}_grid_thw")
         mask = self.placeholder_mask(token_id, input_ids, inputs_embeds)
-        if (found := int(mask.sum())) != features.shape[0]:
+        features = sum(t * h * w for t, h, w in self.visual.check_inputs(pixels, grid_thw)) // self.visual.spatial_merge_size**2
+        if (found := int(mask.sum())) != features:
             raise ValueError(
                 f"{found} {kind} placeholder tokens (id {token_id}) in the prompt, but the {kind} inputs give "
-                f"{features.shape[0]} features: they must be equal"
+                f"{features} features: they must be equal"
             )
-        features = features.to(inputs_embeds.device, inputs_embeds.dtype)
-        return inputs_embeds.masked_scatter(mask.to(inputs_embeds.device)[..., None], features)
+        return mask
 
     @can_return_tuple
     def forward(
@@ -478,15 +483,18 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         if inputs_embeds is None:
             check_device("input_ids", input_ids, self.get_input_embeddings())
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        for kind, token_id, pixels, grid_thw in (
-            ("image", self.config.image_token_id, pixel_values, image_grid_thw),
-            ("video", self.config.video_token_id, pixel_values_videos, video_grid_thw),
-        ):
-            if pixels is not None:
-                if grid_thw is None:
-                    raise ValueError(f"{kind} pixels were passed without {kind}_grid_thw")
-                features = torch.cat(self.get_image_features(pixels, grid_thw).pooler_output)
-                inputs_embeds = self.insert_features(kind, token_id, input_ids, inputs_embeds, features)
+        pictures = [
+            (self.find_placeholders(kind, token_id, input_ids, inputs_embeds, pixels, grid_thw), pixels, grid_thw)
+            for kind, token_id, pixels, grid_thw in (
+                ("image", self.config.image_token_id, pixel_values, image_grid_thw),
+                ("video", self.config.video_token_id, pixel_values_videos, video_grid_thw),
+            )
+            if pixels is not None
+        ]
+        for mask, pixels, grid_thw in pictures:
+            features = torch.cat(self.get_image_features(pixels, grid_thw).pooler_output)
+            features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter(mask.to(inputs_embeds.device)[..., None], features)
         return self.language_model(
             input_ids=None,
             attention_mask=attention_mask,

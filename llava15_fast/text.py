@@ -43,6 +43,12 @@ STATIC_ROPE = ("default", "linear", "yarn", "llama3")
 """Rotary embeddings whose frequencies do not depend on the input."""
 
 
+KNOWN_PADDING = "known_padding"
+"""Keyword argument of a forward: `attention_mask` as a `LeftPadding`, from a caller who has read it before.
+
+Reading the mask behind the vision tower would make the host wait for the tower before it launches the first layer."""
+
+
 class LeftPadding(NamedTuple):
     """An attention mask known to the host: tokens before `starts[b]` are padding, all others up to `total` are not."""
 
@@ -74,8 +80,9 @@ def text_model_forward(
         **kwargs,
     }
     site = site_of(module)
+    padding = inputs.pop(KNOWN_PADDING, None)
     if isinstance(attention_mask, LeftPadding):
-        inputs["attention_mask"] = attention_mask.mask(module.norm.weight.device)
+        padding, inputs["attention_mask"] = attention_mask, attention_mask.mask(module.norm.weight.device)
     given = input_ids if inputs_embeds is None else inputs_embeds
     if (input_ids is None) == (inputs_embeds is None):
         return type(module).forward(module, **inputs)  # raises
@@ -92,7 +99,7 @@ def text_model_forward(
         return type(module).forward(module, **inputs)
     if past_key_values is not None and not past_key_values.layers[0].is_initialized and GRAPHS in module.__dict__:
         module.__dict__[GRAPHS].lend(past_key_values, *given.shape[:2], module.norm.weight)
-    layout = TextLayout.of(module, given, attention_mask, position_ids, past_key_values, goes_on)
+    layout = TextLayout.of(module, given, padding or attention_mask, position_ids, past_key_values, goes_on)
     if isinstance(layout, str):
         site.fall_back(layout)
         return type(module).forward(module, **{**inputs, "past_key_values": past_key_values})
@@ -160,7 +167,7 @@ class TextLayout:
         if self.numbers is None:
             return self
         slots, seqlens, leftpad = (
-            torch.tensor(values, dtype=torch.int32).to(self.position_ids.device, non_blocking=True) for values in self.numbers
+            _send(torch.tensor(values, dtype=torch.int32), self.position_ids.device) for values in self.numbers
         )
         return replace(self, slots=slots[None], cache_seqlens=seqlens, cache_leftpad=leftpad, numbers=None)
 
@@ -208,7 +215,7 @@ class TextLayout:
         def indices(first: list[int], last: list[int], offset: int) -> torch.Tensor:
             """first[b] : last[b] of every prompt b, moved by b * offset, on the device."""
             parts = [torch.arange(a + b * offset, z + b * offset) for b, (a, z) in enumerate(zip(first, last, strict=True))]
-            return torch.cat(parts).to(device, non_blocking=True)
+            return _send(torch.cat(parts), device)
 
         rows = None
         if not full:
@@ -242,10 +249,16 @@ class TextLayout:
         return cls(position_ids, rows, slots, **_segments(lengths_q, lengths_k, device))
 
 
+def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To the device without waiting for it: from pageable memory only some 64 KB could be sent that way."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def _segments(lengths_q: list[int], lengths_k: list[int], device: torch.device) -> dict[str, Any]:
     """The varlen attention's arguments. Pairs of empty segments are left out."""
     pairs = [(0, 0), *(pair for pair in zip(lengths_q, lengths_k, strict=True) if pair != (0, 0))]
-    bounds = torch.tensor(pairs, dtype=torch.int32).cumsum(0, dtype=torch.int32).T.contiguous().to(device, non_blocking=True)
+    bounds = torch.tensor(pairs, dtype=torch.int32).cumsum(0, dtype=torch.int32).T.contiguous()
+    bounds = _send(bounds, device)
     return {
         "cu_seqlens_q": bounds[0],
         "cu_seqlens_k": bounds[1],

@@ -1,5 +1,6 @@
 """The decoding loop where the host learns late that all sequences have ended: what came after must not show."""
 
+import traceback
 from collections import deque
 
 import pytest
@@ -75,20 +76,73 @@ def test_the_returned_cache_continues(tiny, golden, late):
     assert torch.equal(tiny.generate(following, past_key_values=found.past_key_values, **more), wanted)
 
 
+def test_sampling_leaves_the_generator_as_eager_does(tiny, golden, late):
+    prompt = prompt_of(golden, "batch_left_pad")
+    options = {"max_new_tokens": 16, "do_sample": True, "eos_token_id": list(range(0, 512, 3)), "pad_token_id": 0}
+    states = []
+    for patched in (False, True):
+        if patched:
+            llava15_fast.patch(tiny, "torch")
+        torch.manual_seed(7)
+        answer = tiny.generate(**prompt, **options)
+        states.append(torch.get_rng_state() if answer.device.type == "cpu" else torch.cuda.get_rng_state())
+    assert answer.shape[1] < prompt["input_ids"].shape[1] + 12
+    assert torch.equal(*states)
+
+
 def test_a_late_end_never_passes_the_maximum(tiny, golden, late):
     prompt = prompt_of(golden, "text")
     expected, found, _ = both(tiny, prompt, max_new_tokens=3, do_sample=False, eos_token_id=499, pad_token_id=0)
     assert torch.equal(found, expected)
 
 
-def test_left_padding_is_not_read_back(tiny, golden, monkeypatch):
-    """After the first step the host knows where the padding ends: masks are not looked at again."""
+def test_the_mask_is_read_once(tiny, golden, monkeypatch):
+    """Before the first step; from then on the host knows where the padding ends."""
     looked = []
     spans_of = llava15_fast.text.spans_of
-    monkeypatch.setattr(llava15_fast.text, "spans_of", lambda mask: looked.append(mask.shape[1]) or spans_of(mask))
+    for module in (llava15_fast.text, generation):
+        monkeypatch.setattr(module, "spans_of", lambda mask: looked.append(mask.shape[1]) or spans_of(mask))
     prompt = prompt_of(golden, "batch_left_pad")
     expected, found, _ = both(tiny, prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(found, expected) and looked == [prompt["input_ids"].shape[1]]
+
+
+@pytest.mark.parametrize("case", ["one_image", "batch_left_pad", "two_images"])
+def test_nothing_is_read_once_the_vision_tower_runs(tiny, golden, monkeypatch, case):
+    """A value read from the device behind the tower makes the host wait for all of it, before the first layer is launched."""
+    state, reads = {"running": False}, []
+    run_blocks, next_inputs = llava15_fast.vision.run_blocks, generation._next_inputs
+
+    def begin(*args):
+        state["running"] = True
+        return run_blocks(*args)
+
+    def end(*args):
+        state["running"] = False
+        return next_inputs(*args)
+
+    def watched(name):
+        original = getattr(torch.Tensor, name)
+
+        def read(tensor, *args, **kwargs):
+            if state["running"] and not only_on_a_cpu():
+                reads.append((name, tuple(tensor.shape), traceback.format_stack(limit=4)))
+            return original(tensor, *args, **kwargs)
+
+        return read
+
+    for name in ("item", "tolist", "nonzero", "cpu", "numpy", "__bool__", "__int__", "__index__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, watched(name))
+    monkeypatch.setattr(llava15_fast.vision, "run_blocks", begin)
+    monkeypatch.setattr(generation, "_next_inputs", end)
+    llava15_fast.patch(tiny, "triton")
+    tiny.generate(**prompt_of(golden, case), max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert not reads, "\n".join(reads[0][2])
+
+
+def only_on_a_cpu():
+    """Whether Triton's interpreter is at work, or a check that is left out where the bounds are on a GPU."""
+    return any("/triton/" in frame.filename or frame.name == "check_bounds" for frame in traceback.extract_stack())
 
 
 def test_a_hook_on_the_model_is_given_a_mask(tiny, golden):
