@@ -347,7 +347,7 @@ def _find_model(model: Any) -> LlavaOnevision1_5ForConditionalGeneration | Llava
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     found = [module for module in modules if isinstance(module, LlavaOnevision1_5Model)]
     if foreign := [
-        module for module in modules if type(module).__name__ == LlavaOnevision1_5Model.__name__ and module not in found
+        module for module in modules if type(module).__name__ == LlavaOnevision1_5Model.__qualname__ and module not in found
     ]:
         raise TypeError(
             f"{type(foreign[0]).__module__} has a {type(foreign[0]).__name__} of its own, which is not known here: load the "

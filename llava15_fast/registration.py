@@ -78,6 +78,8 @@ def _export_names() -> None:
         present = getattr(sys.modules["transformers"], exported.__name__, exported)
         if present is not exported:
             logger.warning("transformers brings its own %s; it is left in place", exported.__name__)
+            # transformers looks up the names of tensors by the class's name: theirs and ours must not share it.
+            exported.__name__ = f"Llava15Fast{exported.__name__}"
             continue
         setattr(sys.modules["transformers"], exported.__name__, exported)
 

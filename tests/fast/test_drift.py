@@ -239,7 +239,7 @@ def test_a_class_of_the_same_name_in_transformers_is_left_in_place_and_never_mix
     """A future release may bring its own. What `transformers` gives then is its class, said once; ours stay reachable under
     `llava15_fast` and by the published model type, and each is either patched or refused as a whole."""
     result = in_a_fresh_process("""
-import logging
+import logging, pickle, tempfile
 logging.basicConfig()
 import torch
 import transformers.processing_utils
@@ -253,11 +253,27 @@ class LlavaOnevision1_5Model(torch.nn.Module):
 
 theirs, their_model = LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model
 transformers.LlavaOnevision1_5ForConditionalGeneration, transformers.LlavaOnevision1_5Model = theirs, their_model
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+register_checkpoint_conversion_mapping("LlavaOnevision1_5Model", [WeightRenaming("^their", "name")])
 import llava15_fast
+
+# Their tensors keep their names.
+assert [rename.source_patterns for rename in get_checkpoint_conversion_mapping("LlavaOnevision1_5Model")] == [["^their"]]
+assert get_checkpoint_conversion_mapping("LlavaOnevision1_5ForConditionalGeneration") is None
 
 assert transformers.LlavaOnevision1_5ForConditionalGeneration is theirs
 assert llava15_fast.LlavaOnevision1_5ForConditionalGeneration is not theirs
-model = transformers.AutoModelForImageTextToText.from_pretrained("tests/golden/tiny_hub").eval()
+auto = transformers.AutoModelForImageTextToText
+model, loading = auto.from_pretrained("tests/golden/tiny_hub", output_loading_info=True)
+model.eval()
+assert not loading["missing_keys"] and not loading["unexpected_keys"], loading
+with tempfile.TemporaryDirectory() as folder:
+    model.save_pretrained(folder)
+    again = auto.from_pretrained(folder)
+assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+copy = pickle.loads(pickle.dumps(model))
+assert type(copy) is type(model)
 assert type(model) is llava15_fast.LlavaOnevision1_5ForConditionalGeneration
 assert isinstance(model.model, llava15_fast.LlavaOnevision1_5Model)
 llava15_fast.patch(model, "torch")
