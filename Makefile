@@ -4,6 +4,8 @@
 #              the same on the oldest and the newest triton and transformers that are declared, each in an environment of its own
 # make test-oldest TESTS="tests/fast/test_drift.py"
 #              only these
+# make test-others
+#              what is tested together with lmms-eval, PEFT and torchao, beside these
 # All set up their environment first. TORCH_ARGS is what pip is given for torch; by default a CPU build where there is no NVIDIA GPU.
 
 PYTHON ?= python3
@@ -18,6 +20,12 @@ PINS ?=
 # Triton 3.6's interpreter does not work with numpy 2.4.
 OLDEST := "triton==3.6.*" "transformers==5.17.*" "numpy<2.4"
 NEWEST := --upgrade triton transformers
+# lmms-eval asks for hundreds of packages, torchvision among them; these are what it imports for a task of images and text.
+OTHERS := peft torchao datasets decord evaluate jsonlines levenshtein loguru lxml nltk numexpr pytablewriter python-dotenv \
+	sacrebleu scikit-learn tenacity
+OTHERS_ALONE := lmms-eval==0.7.3 latex2sympy2==1.9.1
+# What is installed without what it asks for.
+ALONE ?=
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 
 ifdef TORCH_ARGS
@@ -30,7 +38,7 @@ INSTALL_TORCH = $(BIN)/pip install --quiet torch==$(TORCH_VERSION)+cpu || \
 	$(BIN)/pip install --quiet torch==$(TORCH_VERSION)+cpu --index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: demo test test-oldest test-newest lint clean
+.PHONY: demo test test-oldest test-newest test-others lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/llava15-fast demo
@@ -44,6 +52,10 @@ test-oldest:
 test-newest:
 	$(MAKE) test VENV=.venv-newest PINS='$(NEWEST)'
 
+test-others:
+	$(MAKE) test VENV=.venv-others PINS='$(OTHERS)' ALONE='$(OTHERS_ALONE)' \
+		TESTS="tests/fast/test_lmms_eval.py tests/fast/test_peft.py tests/fast/test_interference.py tests/fast/test_environment.py"
+
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 
@@ -52,7 +64,8 @@ $(VENV)/ready: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL_TORCH)
 	$(BIN)/pip install --quiet --editable '.[dev,benchmarks]' $(PINS)
+	$(if $(ALONE),$(BIN)/pip install --quiet --no-deps $(ALONE))
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest .venv-others build *.egg-info .pytest_cache .ruff_cache .hypothesis

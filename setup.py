@@ -34,7 +34,7 @@ setup(
         "rich",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-xdist>=3.6", "pytest-benchmark", "hypothesis", "ruff"],
+        "dev": ["pytest", "pytest-xdist>=3.6", "pytest-benchmark", "hypothesis", "ruff", "peft"],
         "benchmarks": ["matplotlib"],
     },
     entry_points={"console_scripts": ["llava15-fast = llava15_fast.cli:main"]},
