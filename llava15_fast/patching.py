@@ -223,13 +223,15 @@ def patch(model: nn.Module, backend: Backend = "auto", *, cuda_graph: bool = Tru
         _check_untouched(target, path, module)
     language_model = _inner(root).language_model
     graphs_on = GRAPHS in language_model.__dict__
-    if (current := _sites(root)) and graphs_on == cuda_graph and all(site.backend == backend for site in current):
+    replaced = [(target, path, module) for target, path, module in found if target.replacement is not None]
+    # Not so after an `unpatch` that was interrupted.
+    complete = all(_is_ours(module.__dict__.get(_slot(target, module))) for target, _, module in replaced)
+    if complete and graphs_on == cuda_graph and all(site.backend == backend for site in _sites(root)):
         return PatchHandle(model)
-    unpatch(model)
     try:
-        for target, path, module in found:
-            if target.replacement is not None:
-                _install(target, path, module, backend)
+        unpatch(model)
+        for target, path, module in replaced:
+            _install(target, path, module, backend)
         text.fuse_weights(language_model)
         if cuda_graph:
             language_model.__dict__[GRAPHS] = DecodeGraphs(DECODE_GRAPHS)
@@ -251,13 +253,14 @@ def unpatch(model: nn.Module) -> None:
     for module in root.modules():
         if (graphs := module.__dict__.pop(GRAPHS, None)) is not None:
             graphs.clear()
-        for attribute in module.__dict__.pop(SITES, {}):
-            for slot in (attribute, "_old_forward"):
-                if _is_ours(module.__dict__.get(slot)):
-                    del module.__dict__[slot]
-                    if slot == "_old_forward":
-                        # accelerate's hook calls this one and expects it to be there.
-                        module.__dict__[slot] = MethodType(type(module).forward, module)
+        for attribute in module.__dict__.get(SITES, {}):
+            if _is_ours(module.__dict__.get(attribute)):
+                del module.__dict__[attribute]
+            if _is_ours(module.__dict__.get("_old_forward")):
+                # accelerate's hook calls this one and expects it to be there.
+                module.__dict__["_old_forward"] = MethodType(type(module).forward, module)
+        # Last: a replacement finds its site until it is gone, and who was interrupted can call this again.
+        module.__dict__.pop(SITES, None)
 
 
 @contextlib.contextmanager

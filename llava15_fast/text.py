@@ -426,5 +426,6 @@ def release_weights(module: nn.Module) -> None:
     for layer in module.layers:
         for part, names in (("self_attn", QKV), ("mlp", GATE_UP)):
             owner = getattr(layer, part, None)
-            if owner is not None and (fused := owner.__dict__.pop(FUSED, None)) is not None:
+            if owner is not None and (fused := owner.__dict__.get(FUSED)) is not None:
                 fused.release([owner._modules[name] for name in names])
+                del owner.__dict__[FUSED]

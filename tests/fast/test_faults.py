@@ -411,6 +411,66 @@ def test_control_c_in_the_middle_of_patch(tiny, golden, monkeypatch, step):
     COUNTS["Ctrl-C", "equal"] += 1
 
 
+class Interrupt:
+    """A trace function: KeyboardInterrupt at the `line`th line of this package that runs."""
+
+    def __init__(self, line):
+        self.line, self.passed = line, 0
+
+    def __call__(self, frame, event, argument):
+        if event == "line":
+            self.passed += 1
+            if self.passed == self.line:
+                raise KeyboardInterrupt
+        return self if "llava15_fast" in Path(frame.f_code.co_filename).parent.parts[-1:] else None
+
+
+def interrupted_at(line, call):
+    """Whether `call` was interrupted, and the lines that it ran."""
+    tracer, before = Interrupt(line), sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True, tracer.passed
+    finally:
+        sys.settrace(before)
+    return False, tracer.passed
+
+
+@pytest.mark.parametrize("what", ["unpatch", "patch with other options"])
+def test_control_c_at_any_line_leaves_a_model_that_answers(tiny, golden, what):
+    """Whole or half undone it answers, and `patch` and `unpatch` go on from there."""
+    inputs = {key: value for key, value in golden["one_image"][0].items() if key != "labels"}
+    with torch.no_grad():
+        expected = tiny(**inputs).logits
+    handle = llava15_fast.patch(tiny, "torch")
+    parts = [row.path for row in handle.report().rows]
+
+    def change():
+        if what == "unpatch":
+            llava15_fast.unpatch(tiny)
+        else:
+            llava15_fast.patch(tiny, "torch", cuda_graph=False)
+
+    _, lines = interrupted_at(0, change)
+    # Most lines only look through modules.
+    chosen = sorted({*range(1, lines + 1, max(1, lines // 40)), *range(max(1, lines - 300), lines + 1, 7)})
+    for line in chosen:
+        llava15_fast.patch(tiny, "torch")
+        assert interrupted_at(line, change)[0], line
+        with torch.no_grad():
+            torch.testing.assert_close(tiny(**inputs).logits, expected, rtol=0, atol=1e-4)
+            assert [row.path for row in llava15_fast.patch(tiny, "torch").report().rows] == parts
+            tiny(**inputs)
+            ran = {row.path for row in handle.report().rows if row.ran}
+            assert ran == {*parts} - {"generate"}, (line, ran)
+        interrupted_at(line, change)
+        llava15_fast.unpatch(tiny)
+        assert not traces(tiny), line
+        COUNTS["Ctrl-C", "equal"] += 1
+
+
 @pytest.mark.parametrize("call", [0, 3, 7])
 def test_control_c_in_the_middle_of_generate(tiny, golden, monkeypatch, call):
     inputs = {key: value for key, value in golden["one_image"][0].items() if key != "labels"}
