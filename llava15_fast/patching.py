@@ -46,6 +46,7 @@ from .modeling import (
     LlavaOnevision1_5VisionPatchMerger,
     LlavaOnevision1_5VisionRotaryEmbedding,
 )
+from .refusal import inside
 from .sites import SITES, Site
 
 
@@ -325,14 +326,10 @@ class PatchHandle:
 
     def report(self) -> Report:
         """Calls since the model was patched; empty after `unpatch`."""
-        root = _find_model(self.model)
+        present = _sites(_find_model(self.model))
         rows = []
         for target in TARGETS:
-            sites = [
-                site
-                for _, module in _resolve(root, target)
-                if (site := module.__dict__.get(SITES, {}).get(target.attribute)) is not None
-            ]
+            sites = [site for site in present if (site.path, site.attribute) == (target.path, target.attribute)]
             if sites:
                 ran = sum((site.ran for site in sites), Counter())
                 fallbacks = sum((site.fallbacks for site in sites), Counter())
@@ -404,6 +401,9 @@ def _resolve(root: nn.Module, target: Target) -> list[tuple[str, nn.Module]]:
                 raise PatchError(f"{path or type(module).__name__} has no {name!r}: the model's structure has changed")
         found = children
     for path, module in found:
+        if target.replacement is None:
+            # An adapter around it makes the replacement that reads it fall back.
+            module = inside(module)
         if not isinstance(module, target.module_class):
             raise PatchError(f"{path} is a {type(module).__name__}, expected {target.module_class.__name__}")
         method = getattr(type(module), target.attribute, None)

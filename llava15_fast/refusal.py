@@ -10,6 +10,9 @@ from torch import nn
 
 from llava15_kernels._dispatch import FLOAT_DTYPES
 
+WRAPPED = ("base_layer", "original_module")
+"""What PEFT's wrappers call the module that they stand in the place of."""
+
 
 def refusal(
     module: nn.Module, x: torch.Tensor, weight: torch.Tensor, options: dict[str, Any], passed_over: Iterable[nn.Module]
@@ -35,7 +38,17 @@ def refusal(
         return "a tuple is asked for"
     if any(has_hooks(child) for child in passed_over):
         return "a hook sits on a module that the fused code would pass over"
+    if any(inside(child) is not child for child in passed_over):
+        return "an adapter sits on a module that the fused code would pass over"
     return None
+
+
+def inside(module: nn.Module) -> nn.Module:
+    """The module that PEFT has put an adapter around, or a copy to be trained beside; any other module itself."""
+    for name in WRAPPED:
+        if name in module._modules:
+            return inside(module._modules[name])
+    return module
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ Ten launches a layer in decoding. `TextLayout` holds where every row belongs and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from llava15_kernels.qk_norm_rope import norm_and_rotate, rope_tables, write_row
 from .fusing import FusedLinear, is_plain
 from .graphs import GRAPHS, Storages
 from .kv_cache import adopt
-from .refusal import refusal
+from .refusal import inside, refusal
 from .sites import site_of
 
 FUSED = "_llava15_fused"
@@ -414,18 +415,22 @@ def project(module: nn.Module, names: tuple[str, ...], x: torch.Tensor) -> torch
 
 def fuse_weights(module: nn.Module) -> None:
     """Lays the weights of all layers of a text model side by side, where that is possible."""
-    for layer in module.layers:
-        for part, names in (("self_attn", QKV), ("mlp", GATE_UP)):
-            owner = getattr(layer, part)
-            fused = owner.__dict__[FUSED] = FusedLinear()
-            fused.prepare([owner._modules[name] for name in names])
+    for owner, layers in _side_by_side(module):
+        fused = owner.__dict__[FUSED] = FusedLinear()
+        fused.prepare(layers)
 
 
 def release_weights(module: nn.Module) -> None:
     """Takes the fused weights of a text model apart."""
-    for layer in module.layers:
-        for part, names in (("self_attn", QKV), ("mlp", GATE_UP)):
-            owner = getattr(layer, part, None)
-            if owner is not None and (fused := owner.__dict__.get(FUSED)) is not None:
-                fused.release([owner._modules[name] for name in names])
-                del owner.__dict__[FUSED]
+    for owner, layers in _side_by_side(module):
+        if (fused := owner.__dict__.get(FUSED)) is not None:
+            fused.release([inside(layer) for layer in layers])
+            del owner.__dict__[FUSED]
+
+
+def _side_by_side(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    """Every module that has the linear layers of `QKV` or `GATE_UP`, wherever an adapter has moved it, and these."""
+    for owner in module.modules():
+        for names in (QKV, GATE_UP):
+            if all(name in owner._modules for name in names):
+                yield owner, [owner._modules[name] for name in names]

@@ -3,6 +3,7 @@
 Skipped without peft; the quantised part without torchao.
 """
 
+import contextlib
 import copy
 
 import pytest
@@ -23,9 +24,9 @@ def prompt(golden):
     return {key: value for key, value in golden["one_image"][0].items() if key != "labels"}
 
 
-def with_lora(model, targets=TARGETS, name="default", seed=1):
+def with_lora(model, targets=TARGETS, name="default", seed=1, saved=None):
     """`model` with adapters that change the answer: both factors random, where peft begins with one at zero."""
-    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=targets, init_lora_weights=False)
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=targets, init_lora_weights=False, modules_to_save=saved)
     torch.manual_seed(seed)
     if isinstance(model, peft.PeftModel):
         model.add_adapter(name, config)
@@ -81,6 +82,60 @@ def test_adapters_switched_between_generates(tiny, prompt, patch_first, backend)
     assert (seen[0] - seen[1]).abs().max() > 0.1 and (seen[0] - seen[3]).abs().max() > 0.1
     llava15_fast.unpatch(model)
     assert_equal(answers(model, prompt), answers(plain, prompt))
+
+
+# What is trained -> the parts of the model whose original runs then.
+WRAPPED = {
+    "patch_embed.proj": ({"targets": ["patch_embed.proj"]}, {"visual.embed_patches"}),
+    "merger": ({"saved": ["merger"]}, {"visual.merge_patches"}),
+    "norm": ({"saved": ["norm"]}, {"visual.embed_patches", "language_model"}),  # peft asks for the end of a name
+    "q_norm": ({"saved": ["q_norm"]}, {"language_model"}),
+    "mlp": ({"saved": ["mlp"]}, {"visual.encode", "language_model"}),
+    "self_attn": ({"saved": ["self_attn"], "targets": ["down_proj"]}, {"language_model"}),
+    "a layer": ({"saved": ["layers.1"], "targets": ["attn.qkv"]}, {"language_model"}),
+    "a block": ({"saved": ["blocks.0"], "targets": ["q_proj"]}, {"visual.encode"}),
+}
+
+
+@pytest.mark.parametrize("patch_first", [False, True])
+@pytest.mark.parametrize("what", WRAPPED)
+def test_a_wrapper_around_a_module_that_the_fused_code_passes_over(tiny, prompt, what, patch_first):
+    """A LoRA convolution, a projector that is trained as a whole: that part runs as it is, the others keep the kernels."""
+    options, expected_fallbacks = WRAPPED[what]
+    plain = with_lora(copy.deepcopy(tiny), **options)
+    if patch_first:
+        handle = llava15_fast.patch(tiny, "torch")
+        answers(tiny, prompt)
+    model = with_lora(tiny, **options)
+    if not patch_first:
+        handle = llava15_fast.patch(model, "torch")
+    with torch.no_grad():
+        for (name, theirs), ours in zip(plain.named_parameters(), model.parameters(), strict=True):
+            if "modules_to_save" in name:
+                ours.add_(0.1 * torch.randn_like(ours))
+                theirs.copy_(ours)
+    for context in (lambda model: contextlib.nullcontext(), lambda model: model.disable_adapter()):
+        with context(plain), context(model):
+            assert_equal(answers(model, prompt), answers(plain, prompt))
+    assert {row.path for row in handle.report().rows if row.fallbacks} == expected_fallbacks
+    assert llava15_fast.verify(model, prompt, max_new_tokens=2, backend="torch").ok
+    llava15_fast.unpatch(model)
+    assert not any(name.startswith("_llava15") for module in model.modules() for name in module.__dict__)
+    assert_equal(answers(model, prompt), answers(plain, prompt))
+    assert_equal(answers(model.merge_and_unload(), prompt), answers(plain.merge_and_unload(), prompt))
+
+
+def test_a_tower_that_is_trained_as_a_whole(tiny, prompt):
+    """A copy of a patched module runs the kernels on its own weights; an unpatched one is refused, and named."""
+    plain = with_lora(copy.deepcopy(tiny), ["q_proj"], saved=["visual"])
+    with pytest.raises(llava15_fast.PatchError, match="visual is a ModulesToSaveWrapper"):
+        llava15_fast.patch(plain, "torch")
+    handle = llava15_fast.patch(tiny, "torch")
+    model = with_lora(tiny, ["q_proj"], saved=["visual"])
+    assert_equal(answers(model, prompt), answers(plain, prompt))
+    assert [row.path for row in handle.report().rows if row.modules == 2] == [
+        "visual.embed_patches", "visual.encode", "visual.merge_patches",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("safe_merge", [False, True])
