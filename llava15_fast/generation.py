@@ -11,6 +11,7 @@ so that the device never waits for the host. On a CPU there is nothing to wait f
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -125,7 +126,7 @@ def _unusual_mode(module: nn.Module, generation_config: GenerationConfig | None,
     for name, value in usual.items():
         for source in (kwargs.get(name), getattr(generation_config, name, None), getattr(module.generation_config, name, None)):
             if source is not None:
-                if source != value and source:
+                if source != value and (source or value):
                     return f"{name} is set"
                 break
     return None
@@ -143,7 +144,7 @@ def decode(
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """Greedy search and sampling, in the place of transformers' `_sample` and with its arguments and results."""
     site = site_of(model, "generate")
-    if reason := _refusal(logits_processor, stopping_criteria, generation_config, model_kwargs):
+    if reason := _refusal(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs):
         site.fall_back(reason)
         return model._sample(
             input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
@@ -151,7 +152,8 @@ def decode(
     device = input_ids.device
     site.start(device)
     batch, prompt_length = input_ids.shape
-    max_length = min(criterion.max_length for criterion in stopping_criteria if isinstance(criterion, MaxLengthCriteria))
+    limits = [criterion.max_length for criterion in stopping_criteria if isinstance(criterion, MaxLengthCriteria)]
+    max_length = math.ceil(min(limits))  # transformers takes fractions too
     eos_ids = [criterion.eos_token_id for criterion in stopping_criteria if isinstance(criterion, EosTokenCriteria)]
     eos_ids = torch.cat([ids.to(device) for ids in eos_ids]) if eos_ids else None
     pad_id = generation_config._pad_token_tensor
@@ -161,7 +163,9 @@ def decode(
     scores: list[torch.Tensor] = []
     raw_logits: list[torch.Tensor] = []
 
-    ids = input_ids.new_empty(batch, max(min(max_length, prompt_length + ROOM), prompt_length + 1))
+    room = max(min(max_length, prompt_length + ROOM), prompt_length + 1)
+    # The dtype that a concatenation with new tokens has.
+    ids = input_ids.new_empty(batch, room, dtype=torch.promote_types(input_ids.dtype, torch.long))
     ids[:, :prompt_length] = input_ids
     length = prompt_length
     unfinished = torch.ones(batch, dtype=torch.bool, device=device)
@@ -217,6 +221,7 @@ def decode(
 
 
 def _refusal(
+    input_ids: torch.Tensor,
     processors: logits_process.LogitsProcessorList,
     criteria: StoppingCriteriaList,
     config: GenerationConfig,
@@ -225,6 +230,8 @@ def _refusal(
     """Why transformers' own loop has to run, or None."""
     if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         return f"the mode is {config.get_generation_mode()}"
+    if input_ids.ndim != 2:
+        return "the ids are not one row per prompt"
     for processor in processors:
         if type(processor) not in PURE_PROCESSORS:
             return f"the logits processor {type(processor).__name__} may remember what it saw"

@@ -40,6 +40,8 @@ from .configuration import LlavaOnevision1_5Config, LlavaOnevision1_5VisionConfi
 
 def check_device(name: str, tensor: torch.Tensor, module: nn.Module) -> None:
     """Raises ValueError where `tensor` is not where `module` computes. accelerate's hooks move tensors themselves."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name} is a {type(tensor).__name__}, expected a tensor")
     device = module.weight.device
     if tensor.device != device and device.type != "meta" and not hasattr(module, "_hf_hook"):
         raise ValueError(f"{name} is on device {tensor.device}, expected {device}, where the model is")
@@ -338,21 +340,22 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
 
     def check_inputs(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> list[list[int]]:
         """The grids as Python integers, after checking them against the pixels."""
-        if grid_thw is None or grid_thw.ndim != 2 or grid_thw.shape[-1] != 3 or grid_thw.shape[0] == 0:
-            shape = None if grid_thw is None else tuple(grid_thw.shape)
-            raise ValueError(f"grid_thw has shape {shape}, expected (images, 3) with (t, h, w) per image")
+        shape = getattr(grid_thw, "shape", ())
+        if len(shape) != 2 or shape[-1] != 3 or shape[0] == 0:
+            found = f"has shape {tuple(shape)}" if hasattr(grid_thw, "shape") else f"is a {type(grid_thw).__name__}"
+            raise ValueError(f"grid_thw {found}, expected a tensor (images, 3) with (t, h, w) per image")
+        check_device("pixel_values", pixel_values, self.patch_embed.proj)
         width = self.config.in_channels * self.config.patch_size**2
         if pixel_values.ndim != 2 or pixel_values.shape[-1] != width:
             raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}, expected (patches, {width})")
         grids = grid_thw.tolist()
         merge = self.spatial_merge_size
         for index, (t, h, w) in enumerate(grids):
-            if min(t, h, w) < 1 or h % merge or w % merge:
+            if not all(type(size) is int for size in (t, h, w)) or min(t, h, w) < 1 or h % merge or w % merge:
                 raise ValueError(
-                    f"grid_thw[{index}] is ({t}, {h}, {w}), expected positive numbers with h and w divisible by the "
+                    f"grid_thw[{index}] is ({t}, {h}, {w}), expected positive integers with h and w divisible by the "
                     f"merge size {merge}"
                 )
-        check_device("pixel_values", pixel_values, self.patch_embed.proj)
         patches = sum(t * h * w for t, h, w in grids)
         if patches != pixel_values.shape[0]:
             raise ValueError(f"grid_thw {grids} describes {patches} patches, but pixel_values has {pixel_values.shape[0]}")

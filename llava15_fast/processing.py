@@ -50,6 +50,8 @@ def read_image(source: ImageSource, channels: str | None = None) -> Image.Image:
             f"an image is given as {type(source).__name__}, expected a path, an address, a Pillow image or an array"
         )
     name = repr(str(source)[:200]) if not isinstance(source, Image.Image) else f"of mode {source.mode}, size {source.size}"
+    if isinstance(source, Image.Image) and 0 in source.size:
+        raise ValueError(f"an image {name} holds no pixels")
     try:
         if isinstance(source, Image.Image):
             image = source
@@ -245,7 +247,7 @@ class LlavaOnevision1_5Processor(ProcessorMixin):
             video_tokens = self._merged_tokens(data["video_grid_thw"])
         return_tensors = text_options.get("return_tensors")
         if text is not None:
-            prompts = [text] if isinstance(text, str) else list(text)
+            prompts = [text] if isinstance(text, str) else _prompts(text)
             _check_per_prompt(prompts, self.image_token, images, "images")
             prompts = self._expand(prompts, self.image_token, image_tokens, "image")
             prompts = self._expand(prompts, self.video_token, video_tokens, "video")
@@ -318,9 +320,18 @@ def _pixel_limits(size: Any, options: dict[str, Any]) -> dict[str, int]:
     return limits
 
 
+def _prompts(text: Any) -> list[str]:
+    prompts = list(text) if isinstance(text, Iterable) and not isinstance(text, bytes) else [text]
+    if strange := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+        raise ValueError(f"a prompt is given as {type(strange[0]).__name__}, expected a string or a list of strings")
+    if not prompts:
+        raise ValueError("text is an empty list, expected at least one prompt")
+    return prompts
+
+
 def _check_per_prompt(prompts: list[str], token: str, items: Any, kind: str) -> None:
     """A list of lists is one list per prompt."""
-    if not isinstance(items, (list, tuple)) or not all(isinstance(own, (list, tuple)) for own in items):
+    if not isinstance(items, (list, tuple)) or not items or not all(isinstance(own, (list, tuple)) for own in items):
         return
     counts = [len(list(_flatten(own))) for own in items]
     found = [prompt.count(token) for prompt in prompts]

@@ -87,6 +87,9 @@ def text_model_forward(
     given = input_ids if inputs_embeds is None else inputs_embeds
     if (input_ids is None) == (inputs_embeds is None):
         return type(module).forward(module, **inputs)  # raises
+    if given.shape[2:] != (() if inputs_embeds is None else module.norm.weight.shape) or given.ndim < 2:
+        site.fall_back("the input is not one token or one row per position")
+        return type(module).forward(module, **inputs)
     if reason := _text_refusal(module, given, kwargs):
         site.fall_back(reason)
         return type(module).forward(module, **inputs)

@@ -266,6 +266,118 @@ def test_text_prompts(processor):
             refused("text", lambda call=call: processor(**call), f"{prompts} .*placeholders in the text, but {images}")
 
 
+def test_texts_that_are_none(processor):
+    for prompt, match in [([], "empty list"), ([None], "NoneType"), ([["a"]], "list"), (3, "int"), (b"a", "bytes")]:
+        refused("text", lambda prompt=prompt: processor(text=prompt), match)
+    for image in (Image.new("RGB", (0, 5)), Image.new("L", (0, 0))):
+        refused("no pixels", lambda image=image: pixels(processor, image), "holds no pixels")
+    assert processor(images=[], text="a").keys() == processor(text="a").keys()
+
+
+# What `generate` and a forward are given
+
+TEXT = torch.arange(5, 15)[None]
+POSITIONS, MASK = torch.arange(10)[None], torch.ones(1, 10, dtype=torch.long)
+STRANGE_CALLS = {
+    "int32 ids": lambda one: {**one, "input_ids": one["input_ids"].int()},
+    "float ids": lambda one: {"input_ids": TEXT.float()},
+    "ids of one axis": lambda one: {"input_ids": TEXT[0]},
+    "ids of three axes": lambda one: {"input_ids": TEXT[None]},
+    "no ids": lambda one: {"input_ids": TEXT[:, :0]},
+    "no prompts": lambda one: {"input_ids": TEXT[:0]},
+    "ids out of range": lambda one: {"input_ids": TEXT + 10**6},
+    "negative ids": lambda one: {"input_ids": -TEXT},
+    "many prompts": lambda one: {"input_ids": TEXT.repeat(130, 1)},
+    "float positions": lambda one: {"input_ids": TEXT, "position_ids": POSITIONS.float() / 2},
+    "int32 positions": lambda one: {"input_ids": TEXT, "position_ids": POSITIONS.int()},
+    "negative positions": lambda one: {"input_ids": TEXT, "position_ids": POSITIONS - 5},
+    "huge positions": lambda one: {"input_ids": TEXT, "position_ids": POSITIONS + 10**6},
+    "equal positions": lambda one: {"input_ids": TEXT, "position_ids": 0 * POSITIONS},
+    "too few positions": lambda one: {"input_ids": TEXT, "position_ids": POSITIONS[:, 1:]},
+    "positions of one axis": lambda one: {"input_ids": TEXT, "position_ids": POSITIONS[0]},
+    "bool mask": lambda one: {"input_ids": TEXT, "attention_mask": MASK.bool()},
+    "float mask": lambda one: {"input_ids": TEXT, "attention_mask": MASK.float()},
+    "mask of twos": lambda one: {"input_ids": TEXT, "attention_mask": 2 * MASK},
+    "negative mask": lambda one: {"input_ids": TEXT, "attention_mask": -MASK},
+    "mask of NaN": lambda one: {"input_ids": TEXT, "attention_mask": MASK * float("nan")},
+    "mask of nothing": lambda one: {"input_ids": TEXT, "attention_mask": 0 * MASK},
+    "short mask": lambda one: {"input_ids": TEXT, "attention_mask": MASK[:, 1:]},
+    "mask of two rows": lambda one: {"input_ids": TEXT, "attention_mask": MASK.repeat(2, 1)},
+    "mask in a list": lambda one: {"input_ids": TEXT, "attention_mask": MASK.tolist()},
+    "pixels of NaN": lambda one: {**one, "pixel_values": one["pixel_values"] * float("nan")},
+    "infinite pixels": lambda one: {**one, "pixel_values": one["pixel_values"] / 0},
+    "double pixels": lambda one: {**one, "pixel_values": one["pixel_values"].double()},
+    "integer pixels": lambda one: {**one, "pixel_values": (10 * one["pixel_values"]).long()},
+    "transposed pixels": lambda one: {**one, "pixel_values": one["pixel_values"].T.contiguous().T},
+    "numpy pixels": lambda one: {**one, "pixel_values": one["pixel_values"].cpu().numpy()},
+    "pixels without placeholders": lambda one: {**one, "input_ids": TEXT, "attention_mask": MASK},
+    "pixels without a grid": lambda one: {**one, "image_grid_thw": None},
+    "a grid without pixels": lambda one: {**one, "pixel_values": None},
+    "two images at one placeholder": lambda one: {
+        **one, "pixel_values": one["pixel_values"].repeat(2, 1), "image_grid_thw": one["image_grid_thw"].repeat(2, 1)
+    },
+    "int32 grid": lambda one: {**one, "image_grid_thw": one["image_grid_thw"].int()},
+    "float grid": lambda one: {**one, "image_grid_thw": one["image_grid_thw"].float()},
+    "bool grid": lambda one: {**one, "image_grid_thw": one["image_grid_thw"].bool()},
+    "grid in a list": lambda one: {**one, "image_grid_thw": one["image_grid_thw"].tolist()},
+    "narrow embeddings": lambda one: {"inputs_embeds": torch.ones(1, 5, 7)},
+    "embeddings of NaN": lambda one: {"inputs_embeds": torch.full((1, 5, 48), float("nan"))},
+    "an unknown option": lambda one: {"input_ids": TEXT, "no_such_option": 3},
+    "half a token": lambda one: {**one, "max_new_tokens": 2.5},
+    "no token": lambda one: {**one, "max_new_tokens": 0},
+    "no end": lambda one: {**one, "eos_token_id": []},
+    "ends that are not in the vocabulary": lambda one: {**one, "eos_token_id": [-1, 10**7]},
+    "no beams": lambda one: {**one, "num_beams": 0},
+    "no temperature": lambda one: {**one, "do_sample": True, "temperature": 0.0},
+    "everything suppressed": lambda one: {**one, "suppress_tokens": list(range(490))},
+}  # fmt: skip
+
+
+def outcome(call):
+    try:
+        return call()
+    except Exception as error:
+        return type(error)
+
+
+@pytest.mark.parametrize("name", STRANGE_CALLS)
+def test_strange_calls_have_eagers_answer_or_error(tiny, golden, name):
+    inputs = {key: value for key, value in golden["one_image"][0].items() if key != "labels"}
+    call = {
+        key: value.to(tiny.device) if isinstance(value, torch.Tensor) else value
+        for key, value in STRANGE_CALLS[name](inputs).items()
+    }
+    options = {key: value for key, value in call.items() if key not in GREEDY}
+
+    def generate():
+        return tiny.generate(**{**GREEDY, **call})
+
+    @torch.no_grad()
+    def forward():
+        return tiny(**options).logits
+
+    expected = [outcome(generate), outcome(forward)]
+    llava15_fast.patch(tiny, "torch")
+    for (what, theirs), function in zip(zip(("ids", "logits"), expected, strict=True), (generate, forward), strict=True):
+        ours = outcome(function)
+        if isinstance(theirs, torch.Tensor):
+            # dtypes are compared too
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-4, equal_nan=True, msg=f"{what}: {ours}, {theirs}")
+        else:
+            assert ours is theirs, what
+        COUNTS["call", "equal" if isinstance(theirs, torch.Tensor) else "refused"] += 1
+
+
+def test_what_is_no_tensor_is_named(tiny, golden):
+    inputs = golden["one_image"][0]
+    for key, value, match in [
+        ("image_grid_thw", inputs["image_grid_thw"].tolist(), "grid_thw is a list, expected a tensor"),
+        ("image_grid_thw", inputs["image_grid_thw"].float(), "grid_thw.*expected positive integers"),
+        ("pixel_values", inputs["pixel_values"].cpu().numpy(), "pixel_values is a ndarray, expected a tensor"),
+    ]:
+        refused("call", lambda key=key, value=value: tiny(**{**inputs, key: value}), match)
+
+
 # Checkpoints
 
 
