@@ -9,6 +9,7 @@ and why, is written to standard error.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import runpy
@@ -34,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         enable(os.environ.get("LLAVA15_FAST_BACKEND", "auto"))
     except ValueError as error:
         raise SystemExit(f"LLAVA15_FAST_BACKEND: {error}") from None
+    if not as_module and not Path(rest[0]).exists():
+        raise SystemExit(f"no program {rest[0]!r}\n{USAGE}")
+    if as_module and not _exists(rest[0]):
+        raise SystemExit(f"no module named {rest[0]!r}\n{USAGE}")
     logger = logging.getLogger("llava15_fast")
     logger.addHandler(logging.StreamHandler())
     logger.setLevel(logging.INFO)
@@ -43,7 +48,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:
         sys.path[0] = str(Path(rest[0]).resolve().parent)
-        runpy.run_path(rest[0], run_name="__main__")
+        # As python gives a script its `__file__`: it may look for it in another working directory.
+        runpy.run_path(os.path.abspath(rest[0]), run_name="__main__")
+
+
+def _exists(module: str) -> bool:
+    """What the packages around it raise as they are imported is for the caller to see."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
+            return False
+        raise
 
 
 if __name__ == "__main__":

@@ -140,9 +140,21 @@ def test_run(tmp_path, how):
     assert "patched LlavaOnevision1_5ForConditionalGeneration, backend torch" in done.stderr
 
 
-def test_run_with_nothing_to_run(tmp_path):
+def test_run_gives_a_script_the_file_that_python_gives(tmp_path):
+    """It finds what lies beside it also after a change of the working directory."""
+    (tmp_path / "my programs").mkdir()
+    (tmp_path / "my programs/prögram.py").write_text("import os; os.chdir('/'); print(open(__file__).read())")
+    done = run("my programs/prögram.py", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("import os"), done.stderr
+
+
+def test_run_with_nothing_to_run(tmp_path, monkeypatch):
     from llava15_fast.run import main
 
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["nowhere.py"], ["-m", "nowhere"], ["-m", "nowhere.inside"], ["-m", "llava15_fast.nowhere"]):
+        with pytest.raises(SystemExit, match=rf"^no (program|module named) '{arguments[-1]}'\nusage: python -m"):
+            main(arguments)
     for arguments in ([], ["-m"], ["-x"], ["-m", "--model"]):
         with pytest.raises(SystemExit, match="usage: python -m"):
             main(arguments)
