@@ -3,9 +3,11 @@
 Every name is checked by itself and a failure is a sentence that says what moved: the first thing to run on a new release.
 """
 
+import ast
 import importlib
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +20,15 @@ from torch import nn
 import llava15_fast
 from llava15_fast import generation, kv_cache
 from llava15_fast.patching import TARGETS, PatchError
-from llava15_fast.refusal import has_hooks
+from llava15_fast.refusal import has_hooks, inside
 
 ROOT = Path(__file__).parents[2]
 
 SYMBOLS = (
     "accelerate.hooks.add_hook_to_module",
+    "torch._subclasses.fake_tensor.is_fake",
+    "torch.nn.Module._apply",
+    "torch.UntypedStorage._cdata",
     "transformers.activations.ACT2FN",
     "transformers.activations.GELUActivation",
     "transformers.AutoConfig",
@@ -31,6 +36,10 @@ SYMBOLS = (
     "transformers.AutoModelForCausalLM",
     "transformers.AutoModelForImageTextToText",
     "transformers.AutoProcessor",
+    "transformers.AutoTokenizer.from_pretrained",
+    "transformers.BatchFeature",
+    "transformers.cache_utils.Cache",
+    "transformers.cache_utils.DynamicCache",
     "transformers.cache_utils.Cache.batch_repeat_interleave",
     "transformers.cache_utils.Cache.batch_select_indices",
     "transformers.cache_utils.Cache.get_mask_sizes",
@@ -44,19 +53,37 @@ SYMBOLS = (
     "transformers.generation.GenerationMode.SAMPLE",
     "transformers.generation.stopping_criteria.EosTokenCriteria",
     "transformers.generation.stopping_criteria.MaxLengthCriteria",
+    "transformers.generation.stopping_criteria.StoppingCriteriaList.max_length",
+    "transformers.GenerationConfig",
+    "transformers.GenerationMixin",
+    "transformers.image_utils.load_image",
     "transformers.initialization.copy_",
     "transformers.initialization.normal_",
     "transformers.modeling_layers.GradientCheckpointingLayer",
+    "transformers.modeling_outputs.BaseModelOutputWithPast",
     "transformers.modeling_outputs.BaseModelOutputWithPooling",
+    "transformers.modeling_outputs.CausalLMOutputWithPast",
     "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.get_interface",
     "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorKwargs",
     "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil",
     "transformers.models.qwen3.modeling_qwen3.eager_attention_forward",
+    "transformers.models.qwen3.modeling_qwen3.Qwen3Attention",
+    "transformers.models.qwen3.modeling_qwen3.Qwen3DecoderLayer",
+    "transformers.models.qwen3.modeling_qwen3.Qwen3MLP",
+    "transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm",
+    "transformers.models.qwen3.modeling_qwen3.Qwen3RotaryEmbedding",
+    "transformers.PreTrainedConfig",
+    "transformers.PreTrainedModel",
+    "transformers.PreTrainedModel.loss_function",
+    "transformers.ProcessorMixin",
+    "transformers.Qwen3Config",
+    "transformers.Qwen3Model",
     "transformers.utils.can_return_tuple",
     "transformers.utils.output_capturing.capture_outputs",
     "triton.knobs.cache",
     "triton.knobs.runtime.interpret",
     "triton.runtime.interpreter.GridExecutor",
+    "triton.tools.tensor_descriptor.TensorDescriptor",
     *(f"transformers.generation.logits_process.{processor.__name__}" for processor in generation.PURE_PROCESSORS),
 )
 """Names that are imported, called or looked up."""
@@ -82,6 +109,41 @@ SIGNATURES = {
     "transformers.core_model_loading.WeightRenaming": "source_patterns target_patterns",
 }
 """Parameters of what is called or overridden, without `self`: some became static methods."""
+
+PASSED = {
+    "transformers.AutoConfig.register": "model_type config exist_ok",
+    "transformers.AutoModel.register": "config_class model_class exist_ok",
+    "transformers.AutoProcessor.from_pretrained": "pretrained_model_name_or_path **kwargs",
+    "transformers.AutoProcessor.register": "config_class processor_class exist_ok",
+    "transformers.core_model_loading.ConversionOps.convert": "input_dict source_patterns target_patterns **kwargs",
+    "transformers.core_model_loading.WeightConverter": "source_patterns target_patterns operations",
+    "transformers.GenerationConfig.get_generation_mode": "",
+    "transformers.models.qwen3.modeling_qwen3.eager_attention_forward": "module query key value attention_mask scaling dropout",
+    "transformers.PreTrainedConfig.from_dict": "config_dict **kwargs",
+    "transformers.PreTrainedConfig.get_config_dict": "pretrained_model_name_or_path **kwargs",
+    "transformers.PreTrainedModel._from_config": "config",
+    "transformers.PreTrainedModel._init_weights": "module",
+    "transformers.PreTrainedModel.from_pretrained": "pretrained_model_name_or_path config use_safetensors **kwargs",
+    "transformers.PreTrainedModel.save_pretrained": "save_directory **kwargs",
+    "transformers.ProcessorMixin.get_processor_dict": "pretrained_model_name_or_path **kwargs",
+    "transformers.utils.is_flash_attn_2_available": "",
+    "transformers.utils.output_capturing.capture_outputs": "tie_last_hidden_states",
+}
+"""Parameters that are given, or handed on, or that an override has; there may be others."""
+
+ATTRIBUTES = {
+    "": "_weight_conversions generation_config model",
+    "config": "_attn_implementation",
+    "generation_config": "output_attentions output_hidden_states output_logits output_scores prefill_chunk_size "
+    "return_dict_in_generate do_sample eos_token_id",
+    "model.language_model": "embed_tokens layers norm rotary_emb has_sliding_layers",
+    "model.language_model.layers.0": "input_layernorm mlp post_attention_layernorm self_attn",
+    "model.language_model.layers.0.mlp": "act_fn down_proj gate_proj up_proj",
+    "model.language_model.layers.0.self_attn": "head_dim k_norm k_proj layer_idx o_proj q_norm q_proj scaling v_proj",
+    "model.language_model.norm": "variance_epsilon weight",
+    "model.language_model.rotary_emb": "attention_scaling inv_freq rope_type",
+}
+"""What is read of a loaded model and of transformers' modules in it."""
 
 MEMBERS = {
     _LAYER: (
@@ -109,16 +171,18 @@ def find(path):
     return None
 
 
-def moved(path, parameters=None, members=None):
+def moved(path, parameters=None, members=None, passed=None):
     """A sentence that says what is no longer as expected; None if all is."""
     release = f"{path.split('.')[0]} {importlib.import_module(path.split('.')[0]).__version__}"
     found = find(path)
     if found is None:
         return f"{release} has no {path} any more"
-    if parameters is not None:
+    if parameters is not None or passed is not None:
         marks = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
         present = [f"{marks.get(p.kind, '')}{p.name}" for p in inspect.signature(found).parameters.values() if p.name != "self"]
-        if present != parameters.split():
+        if passed is not None and (lost := [name for name in passed.split() if name not in present]):
+            return f"{release}: {path} takes no {lost} any more, its parameters are {present}"
+        if parameters is not None and present != parameters.split():
             return f"{release}: {path} has parameters {present}, expected {parameters.split()}"
     if members is not None:
         present = {name for name in dir(found) if not name.startswith("_")} - GONE.get(path, set())
@@ -137,6 +201,51 @@ def test_symbol(path):
 @pytest.mark.parametrize("path", sorted(SIGNATURES))
 def test_signature(path):
     assert not (sentence := moved(path, parameters=SIGNATURES[path])), sentence
+
+
+@pytest.mark.parametrize("path", sorted(PASSED))
+def test_parameters_that_are_passed(path):
+    assert not (sentence := moved(path, passed=PASSED[path])), sentence
+
+
+@pytest.mark.parametrize("path", ATTRIBUTES)
+def test_attributes(tiny, path):
+    owner = tiny
+    for name in path.split(".") if path else []:
+        owner = getattr(owner, name)
+    missing = [name for name in ATTRIBUTES[path].split() if not hasattr(owner, name)]
+    assert not missing, f"transformers {transformers.__version__}: {path or 'a loaded model'} has no {missing} any more"
+
+
+def test_attributes_of_stopping_criteria():
+    criteria = transformers.generation.stopping_criteria
+    for criterion, name in ((criteria.MaxLengthCriteria(3), "max_length"), (criteria.EosTokenCriteria(3), "eos_token_id")):
+        sentence = f"transformers {transformers.__version__}: {type(criterion).__name__} has no {name} any more"
+        assert hasattr(criterion, name), sentence
+
+
+def imported():
+    """Dotted names that the two packages import from transformers, accelerate, torch's and triton's inner modules."""
+    for path in sorted([*ROOT.glob("llava15_fast/*.py"), *ROOT.glob("kernels/llava15_kernels/*.py")]):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and re.match(r"transformers|accelerate|torch\._|triton\.", node.module or ""):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_import_is_listed():
+    listed = " ".join([*SYMBOLS, *SIGNATURES, *PASSED]).split()
+    modules = {path.rpartition(".")[0] for path in listed} | {"transformers.logging"}
+    missing = [name for name in imported() if name not in listed and name not in modules]
+    assert not missing, f"add to SYMBOLS, SIGNATURES or PASSED: {missing}"
+
+
+def test_peft_keeps_what_it_wraps_where_it_is_looked_for():
+    peft = pytest.importorskip("peft")
+    wrapper = importlib.import_module("peft.utils.other").ModulesToSaveWrapper
+    layer = nn.Linear(2, 2)
+    for wrapped in (peft.tuners.lora.Linear(layer, "default", peft.LoraConfig(r=1), r=1), wrapper(layer, "default")):
+        sentence = f"peft {peft.__version__}: {type(wrapped).__name__} keeps what it wraps in {list(wrapped._modules)}"
+        assert inside(wrapped) is layer, sentence
 
 
 @pytest.mark.parametrize("path", sorted(MEMBERS))
