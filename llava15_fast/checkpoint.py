@@ -70,7 +70,8 @@ def check_checkpoint_files(folder: Any) -> None:
                 raise TypeError(f"it names the file {strange[0]!r}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise OSError(f"cannot read {index}: expected JSON with a weight_map ({error})") from None
-    if not files and not any(folder.glob("*.safetensors")) and (pickles := sorted(folder.glob("*.bin"))):
+    pickles = sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if not files and not any(folder.glob("*.safetensors")) and pickles:
         raise OSError(f"{pickles[0]} is a pickle, which can run code as it is loaded: only safetensors files are read")
     for name in sorted(files):
         path = folder / name

@@ -124,7 +124,10 @@ def _what_runs(device: torch.device) -> str:
 
 def _cache_folder() -> dict[str, Any]:
     """Where Triton keeps compiled kernels, and whether they will be kept."""
-    folder = Path(triton.knobs.cache.dir)
+    name = triton.knobs.cache.dir
+    if not name:  # TRITON_CACHE_DIR is set to nothing: Triton refuses to compile
+        return {"folder": "", "writable": False}
+    folder = Path(name)
     # Triton makes the folder when it needs it.
     present = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     try:

@@ -74,6 +74,8 @@ def test_a_cache_that_cannot_be_written_is_seen(monkeypatch, tmp_path):
         assert found["kernel_cache"] == {"folder": str(folder), "writable": writable}
         assert ("NOT WRITABLE" in shown(found)) is not writable
         assert found["variables"]["TRITON_CACHE_DIR"] == str(folder)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    assert environment.environment()["kernel_cache"] == {"folder": "", "writable": False}
     assert not (tmp_path / "new").exists()  # looking changes nothing
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import re
 import shutil
@@ -453,15 +454,15 @@ class Bomb:
         return (Path.touch, (Path("exploded"),))
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00001.bin"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00001.bin", "model.pt", "consolidated.00.pth"])
 def test_pickles_are_refused(folder, name, monkeypatch):
     (folder / "model.safetensors").unlink()
     torch.save({"lm_head.weight": Bomb()}, folder / name)
-    if "of" in name:
+    if "-of-" in name:
         index = {"metadata": {}, "weight_map": {"lm_head.weight": name}}
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     monkeypatch.chdir(folder)
-    refused("checkpoint", lambda: load(folder), r"safetensors", OSError)
+    refused("checkpoint", lambda: load(folder), rf"{name} is a pickle.*only safetensors", OSError)
     assert not (folder / "exploded").exists()
 
 
@@ -638,6 +639,27 @@ llava15_fast.patch(model)
 assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), expected)
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"})
+
+
+def test_what_compiling_into_an_unwritable_cache_says(tmp_path):
+    """A GPU's first call, without one: Triton's error names the folder, as `llava15-fast env` does."""
+    (tmp_path / "file").touch()
+    (tmp_path / "program.py").write_text("""
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+@triton.jit
+def kernel(x):
+    tl.store(x, 1.0)
+
+triton.compile(ASTSource(kernel, {"x": "*fp32"}), target=GPUTarget("cuda", 90, 32))
+""")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "file" / "cache")
+    command = [sys.executable, str(tmp_path / "program.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and f"Error: [Errno 20] Not a directory: '{tmp_path}/file/cache" in done.stderr, done.stderr
 
 
 def test_the_count():
