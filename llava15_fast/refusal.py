@@ -38,7 +38,7 @@ def refusal(
         return "a tuple is asked for"
     if any(has_hooks(child) for child in passed_over):
         return "a hook sits on a module that the fused code would pass over"
-    if any(inside(child) is not child for child in passed_over):
+    if any(child._modules and inside(child) is not child for child in passed_over):
         return "an adapter sits on a module that the fused code would pass over"
     return None
 
