@@ -317,6 +317,9 @@ def _pixel_limits(size: Any, options: dict[str, Any]) -> dict[str, int]:
         raise ValueError(
             f"min_pixels {limits['shortest_edge']} and max_pixels {limits['longest_edge']}: expected 0 < min <= max"
         )
+    if Image.MAX_IMAGE_PIXELS is not None and limits["shortest_edge"] > 2 * Image.MAX_IMAGE_PIXELS:
+        # What Pillow takes for an attack in a file, every picture would be enlarged to.
+        raise ValueError(f"min_pixels {limits['shortest_edge']} is more than Pillow's limit of {2 * Image.MAX_IMAGE_PIXELS}")
     return limits
 
 

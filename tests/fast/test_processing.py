@@ -110,6 +110,8 @@ def test_pixel_limits(processor):
     assert np.prod(processor(images=image, text=IMAGE, max_pixels=3136).image_grid_thw[0]) * 14 * 14 <= 3136
     with pytest.raises(ValueError, match="min_pixels 5000 and max_pixels 100"):
         processor(images=image, text=IMAGE, min_pixels=5000, max_pixels=100)
+    with pytest.raises(ValueError, match="min_pixels 1000000000000000 is more than Pillow's limit of 178956970"):
+        processor(images=image, text=IMAGE, min_pixels=10**15)
 
 
 def test_batch_decode(processor):
