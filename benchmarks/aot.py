@@ -40,6 +40,8 @@ import llava15_kernels
 from llava15_kernels._dispatch import architecture, as_if_on
 from llava15_kernels.flash_attn import FlashConfig, flash_config
 
+from .sizes import TEXT, Text
+
 RESULT = Path(__file__).parent / "results/aot.json"
 
 # Shared memory that one program may have, in bytes.
@@ -89,16 +91,6 @@ def recorded_launches() -> Iterator[list[Launch]]:
         yield launches
 
 
-@dataclass(frozen=True)
-class TextShape:
-    hidden: int
-    intermediate: int
-    heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
-
-
-TEXT = {"4b": TextShape(2560, 9728), "8b": TextShape(4096, 12288)}
 TOKENS, ROWS, CAPACITY = 1664, 6401, 8192
 """Prompt tokens (a 1120 x 1120 image and 64 of text), vision rows of that image, slots of the cache."""
 
@@ -131,16 +123,17 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         ops.gelu(empty(ROWS, 4096), None)
         ops.patch_merge(x, weight, weight, 1e-5, bounds, 2)
 
-    def text(shape: TextShape) -> None:
-        x, weight = empty(TOKENS, shape.hidden), empty(shape.hidden)
-        packed = empty(1, TOKENS, shape.heads + 2 * shape.kv_heads, shape.head_dim)
-        q, k, v = packed.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=2)
+    def text(shape: Text) -> None:
+        x, weight = empty(TOKENS, shape.hidden_size), empty(shape.hidden_size)
+        heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+        packed = empty(1, TOKENS, heads + 2 * kv_heads, shape.head_dim)
+        q, k, v = packed.split([heads, kv_heads, kv_heads], dim=2)
         head_weight, inv_freq = empty(shape.head_dim), empty(shape.head_dim // 2, of=torch.float32)
         positions, lengths = empty(1, TOKENS, of=torch.int64), empty(1, of=torch.int32)
-        k_cache, v_cache = empty(2, 1, CAPACITY, shape.kv_heads, shape.head_dim)
+        k_cache, v_cache = empty(2, 1, CAPACITY, kv_heads, shape.head_dim)
         ops.rms_norm(x, weight, 1e-6)
         ops.add_rms_norm(x, x, weight, 1e-6)
-        ops.silu_and_mul(empty(TOKENS, 2 * shape.intermediate))
+        ops.silu_and_mul(empty(TOKENS, 2 * shape.intermediate_size))
         if shape != TEXT["4b"]:
             return  # heads are the same in both: what follows does not depend on the width
         ops.rms_norm(q, head_weight, 1e-6)
