@@ -339,7 +339,7 @@ def batched(x: torch.Tensor, count: int) -> torch.Tensor:
     return x.unflatten(0, (count, -1)).transpose(1, 2)
 
 
-def sdpa(backend: SDPBackend | None, lengths: tuple[int, ...], causal: bool) -> Provider:
+def sdpa(backend: SDPBackend, lengths: tuple[int, ...], causal: bool) -> Provider:
     """torch's attention by one of its backends: equal lengths as a batch, others one call each."""
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -448,6 +448,7 @@ def attention_case(name: str, lengths: tuple[int, ...], heads: int, kv_heads: in
             "SDPA efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION, lengths, causal),
             "torch varlen_attn": torch_varlen(lengths, causal),
             "flash-attn": flash_attn_varlen(lengths, causal),
+            "SDPA math": sdpa(SDPBackend.MATH, lengths, causal),
             "eager": plain(eager),
         },
         {
@@ -509,6 +510,7 @@ def decode_case(batch: int, context: int) -> Case:
             "SDPA cuDNN": torch_attention(SDPBackend.CUDNN_ATTENTION),
             "SDPA efficient": torch_attention(SDPBackend.EFFICIENT_ATTENTION),
             "flash-attn": flash_attn,
+            "SDPA math": torch_attention(SDPBackend.MATH),
             "eager": plain(eager),
         },
         {"FlexAttention": flex_decoding, "torch.compile": compiled(eager)},
