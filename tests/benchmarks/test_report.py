@@ -102,9 +102,26 @@ def test_measured_numbers_stand_where_they_belong(checkout):
     assert "901.20 ms" in lines["4B, patched"] and "9.1 GB" in lines["4B, patched"] and "8.5 s" in lines["4B, patched"]
     assert "333 TFLOP/s (H100)" in lines["attention, head_dim 128, causal, 4k"]
     assert "2800 GB/s (H100)" in lines["RMSNorm, 4096 x 4096"]
-    assert lines["rms_norm 4096x4096"].split(" | ")[1:] == ["96%", "80% (torch.compile) |"]
+    assert lines["rms_norm 4096x4096 (H100)"].split(" | ")[1:] == ["96%", "80% (torch.compile) |"]
     for wrong in ("9.99", "0.01 ms", "0.02 ms", "0.03 ms"):
         assert wrong not in text, "not the last row, not verified, dry, or of another shape"
+
+
+def test_two_devices_stand_side_by_side_and_are_never_compared(checkout):
+    h200 = {"device": "NVIDIA H200", "commit": "abcdef0123456789", "driver": "580.1"}
+    ours = timing("rms_norm", "4096x4096", "ours", 17.0, rate=3950.0, unit="GB/s", **h200)
+    measured(checkout, [*ROWS, answer("patched", ms=2.5, **h200), ours])
+    evidence = Evidence.load(checkout)
+    text = report.section(evidence)
+    assert "3.21 ms (H100), 2.50 ms (H200)" in text
+    assert "96%" in text and "141%" not in text, "an H200's time as a share of an H100's copy"
+    assert "NVIDIA H200 (driver 580.1, commit abcdef012345)" in text
+    assert "| 4B, batch 1, 1024 + 64 tokens (H100) | 20.5 / 20.5 | 3.21 / 18.70 | 312 / 53 | 9.1 / 9.1 |" in text
+    assert "| 4B, batch 1, 1024 + 64 tokens (H200) | 20.5 / - | 2.50 / - |" in text
+    pytest.importorskip("matplotlib")
+    left, _ = report.decode_picture(evidence).axes
+    assert {"3.21", "2.50"} <= {text.get_text() for text in left.texts}
+    assert "H100" in report.attention_picture(evidence).axes[0].get_ylabel()
 
 
 def test_the_section_is_replaced_and_nothing_else(checkout):
