@@ -160,6 +160,23 @@ def test_pictures_show_the_numbers(checkout):
     assert medians == {text.get_text() for text in report.cpu_picture(evidence).axes[0].texts}
 
 
+def test_no_competitor_and_no_bar_is_left_out_of_a_picture(checkout):
+    pytest.importorskip("matplotlib")
+    from benchmarks.cases import cases
+
+    rows = [
+        timing(case.kernel, case.name, provider, 25.0, rate=2800.0, unit="GB/s")
+        for case in cases()
+        if not case.flops
+        for provider in ("ours", "copy", *case.providers, *case.slow_providers)
+    ]
+    measured(checkout, [*rows, answer("sdpa", ms=61.5)])
+    evidence = Evidence.load(checkout)
+    drawn = set(report.memory_picture(evidence).axes[0].get_legend_handles_labels()[1])
+    assert drawn == {row["provider"].removesuffix(", one image") for row in rows} - {"copy"}
+    assert all(axes.get_xlim()[1] > 61.5 for axes in report.decode_picture(evidence).axes)
+
+
 @pytest.mark.parametrize("readme", ["nothing", f"{report.END} {report.BEGIN}", f"{report.BEGIN} {report.END} {report.END}"])
 def test_a_readme_without_its_markers_is_refused(readme):
     with pytest.raises(ValueError, match="once each"):
