@@ -40,6 +40,7 @@ import llava15_kernels
 from llava15_kernels._dispatch import architecture, as_if_on
 from llava15_kernels.flash_attn import FlashConfig, flash_config
 
+from .rows import output_file, write_document
 from .sizes import TEXT, Text
 
 RESULT = Path(__file__).parent / "results/aot.json"
@@ -355,7 +356,7 @@ def jit_source(kernel: JITFunction) -> str:
 
 
 def compile_all(work: list[Work]) -> list[dict[str, Any]]:
-    """The rows of the table, in the order of `work`."""
+    """The rows of the table, in the order of `work`; when stopped by hand, those of its beginning."""
 
     def row(item: Work) -> dict[str, Any]:
         return {
@@ -367,8 +368,14 @@ def compile_all(work: list[Work]) -> list[dict[str, Any]]:
             "constants": {key: value for key, value in item.launch.kwargs.items() if key.isupper()},
         }
 
+    rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(track(pool.map(row, work), "compiling", len(work), console=Console(stderr=True), transient=True))
+        found = pool.map(row, work)
+        try:
+            rows.extend(track(found, "compiling", len(work), console=Console(stderr=True), transient=True))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+    return rows
 
 
 def problems(rows: list[dict[str, Any]]) -> list[str]:
@@ -397,17 +404,23 @@ def problems(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compiles, prints a table, writes the JSON; status 1 if a requirement is broken or the checked table is stale."""
+    """Compiles, prints a table, writes the JSON. Status 1: a requirement is broken or the checked table stale; 130: stopped."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.aot", description="Compiles every kernel ahead of time and reports what the code needs."
+        prog="python -m benchmarks.aot",
+        description="Compiles every kernel ahead of time and reports the registers, memory and instructions that it needs.",
     )
-    parser.add_argument("--arch", nargs="+", choices=list(SHARED_LIMIT), default=list(SHARED_LIMIT), metavar="NAME")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
-    parser.add_argument("--check", type=Path, metavar="FILE", help="compile nothing; say whether this file is up to date")
+    parser.add_argument(
+        "--arch", nargs="+", choices=list(SHARED_LIMIT), default=list(SHARED_LIMIT), metavar="NAME",
+        help=f"Only these of {', '.join(SHARED_LIMIT)}.",
+    )  # fmt: skip
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="Writes the rows to this file.")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="Compiles nothing and says whether this file is up to date.")
     arguments = parser.parse_args(argv)
     if llava15_kernels.INTERPRETED:
         print("TRITON_INTERPRET is set: nothing can be compiled", file=sys.stderr)
         return 2
+    if arguments.check and not arguments.check.is_file():
+        parser.error(f"--check {arguments.check}: there is no such file")
     work = collect(arguments.arch)
     if arguments.check:
         current = json.loads(arguments.check.read_text())["kernels"] == digest(work)
@@ -421,11 +434,14 @@ def main(argv: list[str] | None = None) -> int:
             f"loads {row['load_bytes']}, stores {row['store_bytes']}"
         )
     if arguments.json:
-        document = {"triton": triton.__version__, "torch": torch.__version__, "kernels": digest(work), "rows": rows}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        versions = {"triton": triton.__version__, "torch": torch.__version__}
+        document = {**versions, "kernels": digest(work[: len(rows)]), "rows": rows}
+        write_document(arguments.json, document)
     for problem in (broken := problems(rows)):
         print(f"NOT AS REQUIRED  {problem}", file=sys.stderr)
+    if len(rows) < len(work):
+        print(f"stopped by hand after {len(rows)} of {len(work)} kernels", file=sys.stderr)
+        return 130
     return 1 if broken else 0
 
 

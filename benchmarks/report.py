@@ -65,7 +65,7 @@ class Evidence:
         return cls(
             [row for row in results(folder) if not row.get("dry_run") and row.get("verified")],
             {file.stem: json.loads(file.read_text()) for file in sorted((folder / "roofline").glob("*.json"))},
-            json.loads(cpu.read_text()) if cpu.is_file() else None,
+            verified_only(json.loads(cpu.read_text())) if cpu.is_file() else None,
             json.loads((root / BENCHMARKS / "published.json").read_text()),
         )
 
@@ -95,6 +95,10 @@ class Evidence:
         """provider -> the roofline's row."""
         document = self.roofline.get(config, {"rows": []})
         return {row["provider"]: row for row in document["rows"] if row["phase"] == phase}
+
+
+def verified_only(document: Row) -> Row:
+    return {**document, "rows": [row for row in document["rows"] if row["verified"]]}
 
 
 # --- tables
