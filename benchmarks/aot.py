@@ -40,6 +40,9 @@ import llava15_kernels
 from llava15_kernels._dispatch import architecture, as_if_on
 from llava15_kernels.flash_attn import FlashConfig, flash_config
 
+from .rows import output_file, write_document
+from .sizes import TEXT, Text
+
 RESULT = Path(__file__).parent / "results/aot.json"
 
 # Shared memory that one program may have, in bytes.
@@ -89,16 +92,6 @@ def recorded_launches() -> Iterator[list[Launch]]:
         yield launches
 
 
-@dataclass(frozen=True)
-class TextShape:
-    hidden: int
-    intermediate: int
-    heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
-
-
-TEXT = {"4b": TextShape(2560, 9728), "8b": TextShape(4096, 12288)}
 TOKENS, ROWS, CAPACITY = 1664, 6401, 8192
 """Prompt tokens (a 1120 x 1120 image and 64 of text), vision rows of that image, slots of the cache."""
 
@@ -131,16 +124,17 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         ops.gelu(empty(ROWS, 4096), None)
         ops.patch_merge(x, weight, weight, 1e-5, bounds, 2)
 
-    def text(shape: TextShape) -> None:
-        x, weight = empty(TOKENS, shape.hidden), empty(shape.hidden)
-        packed = empty(1, TOKENS, shape.heads + 2 * shape.kv_heads, shape.head_dim)
-        q, k, v = packed.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=2)
+    def text(shape: Text) -> None:
+        x, weight = empty(TOKENS, shape.hidden_size), empty(shape.hidden_size)
+        heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+        packed = empty(1, TOKENS, heads + 2 * kv_heads, shape.head_dim)
+        q, k, v = packed.split([heads, kv_heads, kv_heads], dim=2)
         head_weight, inv_freq = empty(shape.head_dim), empty(shape.head_dim // 2, of=torch.float32)
         positions, lengths = empty(1, TOKENS, of=torch.int64), empty(1, of=torch.int32)
-        k_cache, v_cache = empty(2, 1, CAPACITY, shape.kv_heads, shape.head_dim)
+        k_cache, v_cache = empty(2, 1, CAPACITY, kv_heads, shape.head_dim)
         ops.rms_norm(x, weight, 1e-6)
         ops.add_rms_norm(x, x, weight, 1e-6)
-        ops.silu_and_mul(empty(TOKENS, 2 * shape.intermediate))
+        ops.silu_and_mul(empty(TOKENS, 2 * shape.intermediate_size))
         if shape != TEXT["4b"]:
             return  # heads are the same in both: what follows does not depend on the width
         ops.rms_norm(q, head_weight, 1e-6)
@@ -362,7 +356,7 @@ def jit_source(kernel: JITFunction) -> str:
 
 
 def compile_all(work: list[Work]) -> list[dict[str, Any]]:
-    """The rows of the table, in the order of `work`."""
+    """The rows of the table, in the order of `work`; when stopped by hand, those of its beginning."""
 
     def row(item: Work) -> dict[str, Any]:
         return {
@@ -374,8 +368,14 @@ def compile_all(work: list[Work]) -> list[dict[str, Any]]:
             "constants": {key: value for key, value in item.launch.kwargs.items() if key.isupper()},
         }
 
+    rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(track(pool.map(row, work), "compiling", len(work), console=Console(stderr=True), transient=True))
+        found = pool.map(row, work)
+        try:
+            rows.extend(track(found, "compiling", len(work), console=Console(stderr=True), transient=True))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+    return rows
 
 
 def problems(rows: list[dict[str, Any]]) -> list[str]:
@@ -404,17 +404,23 @@ def problems(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compiles, prints a table, writes the JSON; status 1 if a requirement is broken or the checked table is stale."""
+    """Compiles, prints a table, writes the JSON. Status 1: a requirement is broken or the checked table stale; 130: stopped."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.aot", description="Compiles every kernel ahead of time and reports what the code needs."
+        prog="python -m benchmarks.aot",
+        description="Compiles every kernel ahead of time and reports the registers, memory and instructions that it needs.",
     )
-    parser.add_argument("--arch", nargs="+", choices=list(SHARED_LIMIT), default=list(SHARED_LIMIT), metavar="NAME")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
-    parser.add_argument("--check", type=Path, metavar="FILE", help="compile nothing; say whether this file is up to date")
+    parser.add_argument(
+        "--arch", nargs="+", choices=list(SHARED_LIMIT), default=list(SHARED_LIMIT), metavar="NAME",
+        help=f"Only these of {', '.join(SHARED_LIMIT)}.",
+    )  # fmt: skip
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="Writes the rows to this file.")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="Compiles nothing and says whether this file is up to date.")
     arguments = parser.parse_args(argv)
     if llava15_kernels.INTERPRETED:
         print("TRITON_INTERPRET is set: nothing can be compiled", file=sys.stderr)
         return 2
+    if arguments.check and not arguments.check.is_file():
+        parser.error(f"--check {arguments.check}: there is no such file")
     work = collect(arguments.arch)
     if arguments.check:
         current = json.loads(arguments.check.read_text())["kernels"] == digest(work)
@@ -428,11 +434,14 @@ def main(argv: list[str] | None = None) -> int:
             f"loads {row['load_bytes']}, stores {row['store_bytes']}"
         )
     if arguments.json:
-        document = {"triton": triton.__version__, "torch": torch.__version__, "kernels": digest(work), "rows": rows}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        versions = {"triton": triton.__version__, "torch": torch.__version__}
+        document = {**versions, "kernels": digest(work[: len(rows)]), "rows": rows}
+        write_document(arguments.json, document)
     for problem in (broken := problems(rows)):
         print(f"NOT AS REQUIRED  {problem}", file=sys.stderr)
+    if len(rows) < len(work):
+        print(f"stopped by hand after {len(rows)} of {len(work)} kernels", file=sys.stderr)
+        return 130
     return 1 if broken else 0
 
 

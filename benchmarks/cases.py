@@ -41,6 +41,8 @@ from llava15_kernels import (
 from llava15_kernels.cost import nbytes
 from llava15_kernels.testing import assert_close
 
+from .sizes import TEXT
+
 Outputs = Any
 """A tensor or a tuple of tensors."""
 Provider = Callable[..., Callable[[], Outputs]]
@@ -258,12 +260,15 @@ def patch_merge_case(patches: int, width: int) -> Case:
     )  # fmt: skip
 
 
-TEXT_HEADS, TEXT_KV_HEADS, TEXT_HEAD_DIM = 32, 8, 128
+def text_heads() -> tuple[int, int, int]:
+    """Query heads, KV heads and their width, the same in both models."""
+    text = TEXT["4b"]
+    return text.num_attention_heads, text.num_key_value_heads, text.head_dim
 
 
 def qk_norm_rope_case(tokens: int, context: int, tiny_launches: bool = False) -> Case:
     """`tokens` new ones written into a cache behind `context` others."""
-    heads, kv_heads, head_dim = TEXT_HEADS, TEXT_KV_HEADS, TEXT_HEAD_DIM
+    heads, kv_heads, head_dim = text_heads()
 
     def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
         packed = torch.randn(1, tokens, heads + 2 * kv_heads, head_dim, device=device).to(dtype)
@@ -334,7 +339,7 @@ def batched(x: torch.Tensor, count: int) -> torch.Tensor:
     return x.unflatten(0, (count, -1)).transpose(1, 2)
 
 
-def sdpa(backend: SDPBackend | None, lengths: tuple[int, ...], causal: bool) -> Provider:
+def sdpa(backend: SDPBackend, lengths: tuple[int, ...], causal: bool) -> Provider:
     """torch's attention by one of its backends: equal lengths as a batch, others one call each."""
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -443,6 +448,7 @@ def attention_case(name: str, lengths: tuple[int, ...], heads: int, kv_heads: in
             "SDPA efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION, lengths, causal),
             "torch varlen_attn": torch_varlen(lengths, causal),
             "flash-attn": flash_attn_varlen(lengths, causal),
+            "SDPA math": sdpa(SDPBackend.MATH, lengths, causal),
             "eager": plain(eager),
         },
         {
@@ -456,7 +462,7 @@ def attention_case(name: str, lengths: tuple[int, ...], heads: int, kv_heads: in
 
 def decode_case(batch: int, context: int) -> Case:
     """One new token per prompt over full caches."""
-    heads, kv_heads, head_dim = TEXT_HEADS, TEXT_KV_HEADS, TEXT_HEAD_DIM
+    heads, kv_heads, head_dim = text_heads()
     scale = head_dim**-0.5
 
     def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -504,6 +510,7 @@ def decode_case(batch: int, context: int) -> Case:
             "SDPA cuDNN": torch_attention(SDPBackend.CUDNN_ATTENTION),
             "SDPA efficient": torch_attention(SDPBackend.EFFICIENT_ATTENTION),
             "flash-attn": flash_attn,
+            "SDPA math": torch_attention(SDPBackend.MATH),
             "eager": plain(eager),
         },
         {"FlexAttention": flex_decoding, "torch.compile": compiled(eager)},
@@ -520,6 +527,8 @@ def cases(tiny: bool = False) -> list[Case]:
 def _table(tiny: bool) -> list[Case]:
     def n(full: int, small: int) -> int:
         return small if tiny else full
+
+    small, large = TEXT["4b"], TEXT["8b"]
 
     def decode(batch: int, context: int) -> Case:
         return decode_case(n(batch, min(batch, 2)), n(context, context // 1024 + 4))
@@ -548,18 +557,18 @@ def _table(tiny: bool) -> list[Case]:
         rms_norm_case(n(4096, 6), n(4096, 48), residual=True),
         vision_rope_case(n(6401, 17), n(16, 2), n(64, 16)),
         qk_norm_rope_case(n(1664, 5), 0),
-        silu_case(n(1664, 5), n(9728, 40)),
-        silu_case(n(1664, 5), n(12288, 48)),
+        silu_case(n(1664, 5), n(small.intermediate_size, 40)),
+        silu_case(n(1664, 5), n(large.intermediate_size, 48)),
         layer_norm_case(n(6401, 7), n(1024, 40), residual=True),
         layer_norm_case(n(6401, 7), n(1024, 40), residual=False),
         patch_merge_case(n(6400, 16), n(1024, 40)),
         gelu_case(n(6401, 7), n(4096, 40), bias=False),
         gelu_case(n(6401, 7), n(4096, 40), bias=True),
-        rms_norm_case(1, n(2560, 40), residual=False, tiny_launches=True),
-        rms_norm_case(1, n(4096, 48), residual=False, tiny_launches=True),
-        rms_norm_case(1, n(2560, 40), residual=True, tiny_launches=True),
-        rms_norm_case(1, n(4096, 48), residual=True, tiny_launches=True),
+        rms_norm_case(1, n(small.hidden_size, 40), residual=False, tiny_launches=True),
+        rms_norm_case(1, n(large.hidden_size, 48), residual=False, tiny_launches=True),
+        rms_norm_case(1, n(small.hidden_size, 40), residual=True, tiny_launches=True),
+        rms_norm_case(1, n(large.hidden_size, 48), residual=True, tiny_launches=True),
         qk_norm_rope_case(1, n(8191, 7), tiny_launches=True),
-        silu_case(1, n(9728, 40), tiny_launches=True),
-        silu_case(1, n(12288, 48), tiny_launches=True),
+        silu_case(1, n(small.intermediate_size, 40), tiny_launches=True),
+        silu_case(1, n(large.intermediate_size, 48), tiny_launches=True),
     ]  # fmt: skip

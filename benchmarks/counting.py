@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter as Tally
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -29,23 +30,12 @@ from llava15_fast import LlavaOnevision1_5Config, LlavaOnevision1_5ForConditiona
 from llava15_fast.kv_cache import adopt
 from llava15_kernels.cost import cost_of, nbytes
 
-TEXT = {
-    "4b": {"hidden_size": 2560, "intermediate_size": 9728},
-    "8b": {"hidden_size": 4096, "intermediate_size": 12288},
-}
-BASE = {
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 32768,
-}
+from .sizes import TEXT
 
 
 def config_of(size: str) -> LlavaOnevision1_5Config:
     """The configuration of the published "4b" or "8b" model."""
-    text = {**BASE, **TEXT[size]}
+    text = asdict(TEXT[size])
     return LlavaOnevision1_5Config(text_config=text, vision_config={"text_hidden_size": text["hidden_size"]})
 
 

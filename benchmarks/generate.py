@@ -12,7 +12,8 @@ Random weights at the real shapes, random images and prompts; nothing is downloa
 | `time_to_first_token_ms`  | `generate` of one token: vision, prompt, first token                                       |
 | `generate_ms`             | `generate` of all tokens                                                                   |
 | `ms_per_token`            | (the last - the one before) / (tokens - 1)                                                 |
-| `first_call_s`            | the first `generate` of all in this process, `kernels_compiled` in it                      |
+| `first_call_s`            | the provider's first `generate` at this shape, before anything else asks it; ours with an  |
+|                           | empty kernel cache on disk, `kernels_compiled` that no earlier shape had compiled          |
 | `peak_gb`                 | the most memory that torch held during `generate`, weights included                        |
 
 Before a provider is timed it is verified on the timed prompts: logits of the last prompt token and of `FORCED` given tokens
@@ -27,6 +28,7 @@ import argparse
 import contextlib
 import itertools
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -47,7 +49,8 @@ from llava15_fast import LlavaOnevision1_5Config, LlavaOnevision1_5ForConditiona
 from llava15_kernels.testing import assert_close, worst
 
 from .counting import config_of
-from .rows import Rows, environment
+from .rows import Rows, environment, output_folder, positive
+from .sizes import TEXT
 from .timing import Timing
 
 SEED = 20260923
@@ -85,6 +88,17 @@ def tiny_config() -> LlavaOnevision1_5Config:
     return LlavaOnevision1_5Config(text_config=text, vision_config=vision, **ids)
 
 
+def configuration(name: str) -> LlavaOnevision1_5Config:
+    if name == "tiny":
+        return tiny_config()
+    return config_of(name) if name in TEXT else LlavaOnevision1_5Config.from_pretrained(name)
+
+
+def side_of(config: LlavaOnevision1_5Config) -> int:
+    """Pixels that become one token, on a side."""
+    return config.vision_config.patch_size * config.vision_config.spatial_merge_size
+
+
 def end_token(config: LlavaOnevision1_5Config) -> int:
     return config.text_config.vocab_size - 1
 
@@ -92,9 +106,9 @@ def end_token(config: LlavaOnevision1_5Config) -> int:
 @torch.no_grad()
 def build(name: str, device: torch.device, dtype: torch.dtype) -> LlavaOnevision1_5ForConditionalGeneration:
     """The model "4b", "8b" or "tiny" with random weights, made on the device; or the checkpoint of a folder."""
-    if name not in ("4b", "8b", "tiny"):
+    if name not in (*TEXT, "tiny"):
         return LlavaOnevision1_5ForConditionalGeneration.from_pretrained(name, dtype=dtype).eval().to(device)
-    config = tiny_config() if name == "tiny" else config_of(name)
+    config = configuration(name)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -141,8 +155,7 @@ class Prompts:
 
     @classmethod
     def make(cls, config: LlavaOnevision1_5Config, shape: Shape, device: torch.device) -> Prompts:
-        random, vision = np.random.default_rng(SEED), config.vision_config
-        side = vision.patch_size * vision.spatial_merge_size
+        random, side = np.random.default_rng(SEED), side_of(config)
         if shape.images and shape.image_size % side:
             raise ValueError(f"image size {shape.image_size}: expected a multiple of {side}, so that nothing is resized")
         size = (shape.image_size, shape.image_size, 3)
@@ -339,14 +352,12 @@ def time_answers(answerer: Answerer, prompts: Prompts, shape: Shape, end: int, r
     def ask(tokens: int) -> float:
         return seconds(lambda: answer(answerer, inputs, tokens, end), device)
 
-    compiled = _compiled_kernels()
-    row: dict[str, Any] = {"first_call_s": round(ask(shape.new_tokens), 3), "kernels_compiled": _compiled_kernels() - compiled}
     ask(shape.new_tokens)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     first, whole = zip(*((1e3 * ask(1), 1e3 * ask(shape.new_tokens)) for _ in range(repeats)), strict=True)
     each = [(all_ - one) / (shape.new_tokens - 1) for one, all_ in zip(first, whole, strict=True)]
-    row |= {
+    row: dict[str, Any] = {
         "time_to_first_token_ms": quantiles(first),
         "generate_ms": quantiles(whole),
         "ms_per_token": quantiles(each),
@@ -362,9 +373,19 @@ def time_answers(answerer: Answerer, prompts: Prompts, shape: Shape, end: int, r
     return row
 
 
-def _compiled_kernels() -> int:
-    folder = Path(triton.knobs.cache.dir)
-    return sum(1 for _ in folder.glob("*/*.json")) if folder.is_dir() else 0
+def time_first_call(answerer: Answerer, prompts: Prompts, shape: Shape, end: int, ours: bool) -> dict[str, Any]:
+    """What a user waits for once. To be called before anything else asks the provider."""
+
+    def ask() -> dict[str, Any]:
+        device = prompts.inputs["input_ids"].device
+        return {"first_call_s": round(seconds(lambda: answer(answerer, prompts.inputs, shape.new_tokens, end), device), 3)}
+
+    if not ours:
+        return ask()
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        # Beside the description of each kernel lies one of its group of files.
+        return ask() | {"kernels_compiled": len([file for file in Path(folder).glob("*/*.json") if file.name[:2] != "__"])}
 
 
 def measure(
@@ -386,13 +407,20 @@ def measure(
     if shape.images:
         taken = [1e3 * seconds(lambda: preprocess(model.config, prompts.images), device) for _ in range(min(repeats, 3))]
         about["preprocessing_ms"] = quantiles(taken)
-    verifier = Verifier.make(model, prompts, shape, end)
+    try:
+        verifier = Verifier.make(model, prompts, shape, end)
+    except Exception as error:  # no memory for float32, say: nothing is timed that cannot be verified
+        failed(error)
+        for provider in providers:
+            yield {**about, "provider": provider, **_failure("cannot verify", error)}
+        return
     for provider in providers:
         row = {**about, "provider": provider}
         try:
             with PROVIDERS[provider](model, shape) as answerer:
+                first = time_first_call(answerer, prompts, shape, end, is_ours(provider))
                 row |= verifier.check(answerer, f"{name}, {shape}, {provider}")
-                row |= time_answers(answerer, prompts, shape, end, repeats)
+                row |= first | time_answers(answerer, prompts, shape, end, repeats)
             yield {**row, "status": "ok"}
         except NotImplementedError as reason:
             yield {**row, "status": str(reason)}
@@ -401,8 +429,12 @@ def measure(
         except Exception as error:
             failed(error)
             # A competitor that cannot run this is no failure; ours has to.
-            message = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
-            yield {**row, "status": "failed" if is_ours(provider) else "cannot run", "verified": False, "error": message}
+            yield {**row, **_failure("failed" if is_ours(provider) else "cannot run", error)}
+
+
+def _failure(status: str, error: Exception) -> dict[str, Any]:
+    message = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+    return {"status": status, "verified": False, "error": message}
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -420,10 +452,8 @@ def describe(row: dict[str, Any]) -> str:
 # --- the command
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
+def count(text: str) -> int:
+    return 0 if text == "0" else positive(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -441,9 +471,11 @@ def main(argv: list[str] | None = None) -> int:
         metavar="4b|8b|tiny|DIR",
         help="Random weights at these shapes, or a folder with a checkpoint.",
     )
-    parser.add_argument("--image-size", type=positive, default=[1120], **several, help="Pixels on a side. Default: 1120.")
     parser.add_argument(
-        "--images", type=int, default=[1], **several, help="Images in each prompt; 0 for text alone. Default: 1."
+        "--image-size", type=positive, default=[1120], **several, help="Pixels on a side, a multiple of 28. Default: 1120."
+    )
+    parser.add_argument(
+        "--images", type=count, default=[1], **several, help="Images in each prompt; 0 for text alone. Default: 1."
     )
     parser.add_argument(
         "--batch", type=positive, default=[1], **several, help="Prompts that are answered together. Default: 1."
@@ -451,27 +483,35 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--context", type=positive, default=[64], **several, help="Tokens of text in each prompt. Default: 64.")
     parser.add_argument("--new-tokens", type=positive, default=256, metavar="N", help="Tokens in each answer. Default: 256.")
     parser.add_argument(
-        "--provider", choices=tuple(PROVIDERS), action="append", help="Only this one; may be repeated. Default: all of them."
-    )
-    parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="Answers that are timed. Default: 5.")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="Default: bfloat16 on a GPU, else float32.")
-    parser.add_argument(
-        "--out", type=Path, default=Path("generate"), metavar="DIR",
-        help="The folder that generate.jsonl and generate.log are written to, a row as soon as it is measured.",
+        "--provider", choices=tuple(PROVIDERS), action="append", metavar="NAME",
+        help=f"Only this one of {', '.join(map(repr, PROVIDERS))}; may be repeated. Default: all of them.",
     )  # fmt: skip
-    parser.add_argument("--commit", help="The commit that the rows name; by default git's, or what the file COMMIT says.")
+    parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="Answers that are timed. Default: 5.")
+    dtypes = ("bfloat16", "float16", "float32")
+    parser.add_argument("--dtype", choices=dtypes, help="Of the weights. Default: bfloat16 on a GPU, else float32.")
+    parser.add_argument(
+        "--out", type=output_folder, default=Path("generate"), metavar="DIR",
+        help="The folder of generate.jsonl and generate.log, to which each row is appended as soon as it is measured.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--commit", metavar="HASH", help="The commit that the rows name; by default git's, or what the file COMMIT says."
+    )
     arguments = parser.parse_args(argv)
-    if arguments.config not in ("4b", "8b", "tiny") and not Path(arguments.config).is_dir():
-        parser.error(f"--config {arguments.config}: neither 4b, 8b or tiny nor a folder")
+    if arguments.config not in (*TEXT, "tiny") and not (Path(arguments.config) / "config.json").is_file():
+        parser.error(f"--config {arguments.config}: neither 4b, 8b or tiny nor a folder with a checkpoint")
     if arguments.new_tokens < 2:
         parser.error("--new-tokens has to be at least 2, for a time per token")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     sizes, images, batches, contexts = arguments.image_size, arguments.images, arguments.batch, arguments.context
     shapes = [Shape(*values, arguments.new_tokens) for values in itertools.product(sizes, images, batches, contexts)]
+    side = side_of(configuration(arguments.config))
+    if odd := [size for size in sizes if size % side and any(images)]:
+        parser.error(f"--image-size {odd[0]}: expected a multiple of {side}, so that nothing is resized")
     shapes = list(dict.fromkeys(shape if shape.images else Shape(0, 0, *list(asdict(shape).values())[2:]) for shape in shapes))
     providers = arguments.provider or list(PROVIDERS)
-    rows = Rows(arguments.out, "generate", environment(arguments.commit))
+    rows = Rows(arguments.out, "generate", environment(arguments.commit), resume=True)
+    before = len(rows.rows)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
     wrong = 0
     try:
@@ -483,12 +523,14 @@ def main(argv: list[str] | None = None) -> int:
                 for row in measure(model, arguments.config, shape, providers, arguments.repeats, device):
                     rows.add(kind="generate", dry_run=False, **row)
                     rows.log(describe(row))
-                    wrong += row["status"] in ("wrong", "failed")
+                    wrong += row["status"] in ("wrong", "failed", "cannot verify")
                     progress.advance(task)
+    except OSError as error:  # a checkpoint that lacks a file, a full disk
+        parser.error(str(error).splitlines()[0])
     except KeyboardInterrupt:
-        rows.log(f"stopped by hand; {len(rows.rows)} rows are in {rows.file}")
+        rows.log(f"stopped by hand; {len(rows.rows) - before} new rows are in {rows.file}")
         return 130
-    rows.log(f"{len(rows.rows)} rows in {rows.file}" + (f"; {wrong} of them wrong or failed" if wrong else ""))
+    rows.log(f"{len(rows.rows) - before} new rows in {rows.file}" + (f"; {wrong} of them wrong or failed" if wrong else ""))
     return 1 if wrong else 0
 
 

@@ -2,11 +2,12 @@
 
     PYTHONPATH=kernels python -m benchmarks.gpu_check --out DIR
 
-In order of value: the tests that need a GPU; the ceilings (a device-to-device copy, a large matrix product); a token of the 4B
-and the 8B against sdpa; each kernel at the model's shapes in bfloat16 against torch; what a call costs the host; tiny kernels
-in CUDA graphs; whole answers; the competitors that have to be compiled; float16; the other kernel tests. Each finished
-measurement is a line of `DIR/gpu_check.jsonl` at once, so that a run which is cut off still counts, and `--resume` goes on
-where it stopped.
+In order of value: the kernels' tests that need a GPU; the ceilings (a device-to-device copy, a large matrix product); a token
+of the 4B and the 8B against sdpa; the tests of `generate` with real graphs; each kernel at the model's shapes in bfloat16
+against torch; what a call costs the host; tiny kernels in CUDA graphs; whole answers; the competitors that have to be compiled;
+float16; the other kernel tests. Competitors that are not installed are taken from a folder of wheels (`--wheels`). Each
+finished measurement is a line of `DIR/gpu_check.jsonl` at once, so that a run which is cut off still counts, and `--resume`
+goes on where it stopped.
 
 A section is a function that yields `Item`s, registered with `@section`: nothing else has to know of it.
 """
@@ -14,14 +15,17 @@ A section is a function that yields `Item`s, registered with `@section`: nothing
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -29,12 +33,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 import llava15_kernels
 
 from .cases import Case, Checker, Provider, Unavailable, cases, plain
 from .host_time import host_rows
-from .rows import ROOT, Rows, environment
+from .rows import ROOT, Rows, environment, output_folder
 from .timing import Call, Timing, device_time, graph_time
 
 GRACE = 20
@@ -129,17 +135,21 @@ def section(name: str) -> Callable[[Callable[[Run], Iterable[Item]]], Callable[[
 
 @section("tests")
 def gated_tests(run: Run) -> Iterator[Item]:
-    yield Item("only with a GPU", lambda: run_tests(run, "gpu", 0.35), seconds=20)
+    yield Item("only with a GPU", lambda: run_tests(run, ["tests/kernels"], "gpu", 0.35), seconds=20)
 
 
-def run_tests(run: Run, marker: str, share: float) -> None:
+GENERATE_TESTS = [f"tests/fast/test_{name}.py" for name in ("gpu", "graphs", "loop")]
+"""On a CPU they have stand-ins for graphs and for a late end, or are skipped."""
+
+
+def run_tests(run: Run, paths: list[str], marker: str, share: float) -> None:
     """pytest in a process of its own, given a share of the time that is left; outcomes are written as they come."""
     limit = max(20.0, share * run.left())
     environ = {key: value for key, value in os.environ.items() if run.dry or key != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:
         outcomes = Path(folder) / "outcomes.jsonl"
         environ |= {"LLAVA15_OUTCOMES": str(outcomes), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-        command = [sys.executable, "-m", "pytest", "tests/kernels", "-m", marker, "-q", "-p", "benchmarks.outcomes"]
+        command = [sys.executable, "-m", "pytest", *paths, "-m", marker, "-q", "-p", "benchmarks.outcomes"]
         # A file that cannot be collected, for want of a package say, must not stop the others.
         command += [
             "-p",
@@ -166,8 +176,11 @@ def run_tests(run: Run, marker: str, share: float) -> None:
     found = {row["test"]: row for row in map(json.loads, lines)}
     counts = {outcome: sum(row["outcome"] == outcome for row in found.values()) for outcome in ("passed", "failed", "skipped")}
     failing = {name: row["message"] for name, row in found.items() if row["outcome"] == "failed"}
-    run.add("tests", selection=marker, **counts, failing=failing, status=status, timed_out=timed_out, limit_s=round(limit))
-    run.rows.log(f"tests -m {marker!r}: {counts}, status {status}{', out of time' * timed_out}")
+    run.add(
+        "tests", paths=paths, selection=marker, **counts, failing=failing, status=status, timed_out=timed_out,
+        limit_s=round(limit),
+    )  # fmt: skip
+    run.rows.log(f"tests {' '.join(paths)} -m {marker!r}: {counts}, status {status}{', out of time' * timed_out}")
     for name, message in failing.items():
         run.rows.log(f"  FAILED {name}: {message}")
     if status not in (0, 1, 5) or (status == 1 and not failing):
@@ -247,6 +260,12 @@ def decode(run: Run) -> Iterator[Item]:
             lambda config=config, shapes=shapes: answers(run, config, shapes, ["patched", "sdpa"], 3),
             seconds=45,
         )
+
+
+@section("tests of generate")
+def generate_tests(run: Run) -> Iterator[Item]:
+    """After the first tokens, which are verified as well; all of them, for most have a stand-in only where there is no GPU."""
+    yield Item("graphs, loop, caches", lambda: run_tests(run, GENERATE_TESTS, "", 0.25), seconds=45)
 
 
 # --- kernels
@@ -383,7 +402,11 @@ def graphs(run: Run) -> Iterator[Item]:
         checker.check_ours()
         for name, provider in {"ours": plain(case.ours), "eager": case.providers["eager"]}.items():
             call = provider(*checker.inputs)
-            timing = device_time(call, run.device, run.budget()) if run.dry else graph_time(call, run.device)
+            checker.check(call())
+            if run.dry:
+                timing = device_time(call, run.device, run.budget())
+            else:
+                timing = graph_time(call, run.device, check=checker.check)
             run.add(
                 "graph", kernel=case.kernel, case=case.name, shape=case.shape, dtype=name_of(dtype), provider=name,
                 status="ok", verified=True, bytes=checker.traffic, **timing.fields(),
@@ -441,7 +464,7 @@ def float16(run: Run) -> Iterator[Item]:
 
 @section("other tests")
 def other_tests(run: Run) -> Iterator[Item]:
-    yield Item("compiled kernels", lambda: run_tests(run, "not gpu", 1.0), seconds=40)
+    yield Item("compiled kernels", lambda: run_tests(run, ["tests/kernels"], "not gpu", 1.0), seconds=40)
 
 
 # --- the command
@@ -456,7 +479,7 @@ def run_all(run: Run, select: str) -> None:
     """Every item that is not in the file yet, until the time is up. Raises DeviceLost."""
     done = {row["item"] for row in run.rows.rows if row["kind"] == "item"}
     not_run = []
-    for name, item in items_of(run, select):
+    for name, item in track(items_of(run, select), "checking", console=Console(stderr=True), transient=True):
         if name in done:
             continue
         if run.left() < item.seconds:
@@ -510,10 +533,13 @@ def main(argv: list[str] | None = None) -> int:
         description="Tests and times every kernel on the GPU at hand, within a time box. Each finished measurement is appended "
         "at once to gpu_check.jsonl, and to gpu_check.log in words.",
     )
-    parser.add_argument("--out", type=Path, default=Path("gpu_check"), metavar="DIR", help="The folder of the two files.")
     parser.add_argument(
-        "--seconds", type=float, default=500, help="The time box. What does not fit is listed in the last row. By default 500."
+        "--out", type=output_folder, default=Path("gpu_check"), metavar="DIR", help="The folder of the two files."
     )
+    parser.add_argument(
+        "--seconds", type=float, default=500, metavar="N",
+        help="The time box. What does not fit is listed in the last row. By default 500.",
+    )  # fmt: skip
     parser.add_argument(
         "--select", default="", metavar="SUBSTRING", help="Only the items whose name, as --list prints it, contains this."
     )
@@ -523,9 +549,17 @@ def main(argv: list[str] | None = None) -> int:
         "--dry-run", action="store_true",
         help="Runs every item on the CPU at tiny sizes, to find slips; its rows are marked and say nothing about a GPU.",
     )  # fmt: skip
-    parser.add_argument("--commit", help="The commit that the rows name; by default git's, or what the file COMMIT says.")
+    parser.add_argument(
+        "--wheels", type=Path, metavar="DIR",
+        help="A folder of wheels of competitors (liger-kernel, flash-attn) that are not installed; nothing is downloaded.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--commit", metavar="HASH", help="The commit that the rows name; by default git's, or what the file COMMIT says."
+    )
     arguments = parser.parse_args(argv)
 
+    if arguments.wheels and not list(arguments.wheels.glob("*.whl")):
+        parser.error(f"--wheels {arguments.wheels}: there are no wheels in this folder")
     if arguments.list:
         print("\n".join(name for name, _ in items_of(Run(None, torch.device("cuda"), 0), arguments.select)))
         return 0
@@ -533,6 +567,10 @@ def main(argv: list[str] | None = None) -> int:
         print("This machine has no GPU that torch can use; --dry-run tries everything on the CPU.", file=sys.stderr)
         return 2
     device = torch.device("cpu" if arguments.dry_run else "cuda")
+    if not items_of(Run(None, device, 0), arguments.select):
+        parser.error(f"--select {arguments.select!r}: no item has this in its name; --list prints them")
+    if arguments.wheels:
+        sys.path.append(unpacked(arguments.wheels))  # last: what is installed goes before
     rows = Rows(arguments.out, "gpu_check", environment(arguments.commit), arguments.resume)
     run = Run(rows, device, arguments.seconds)
     rows.log(f"{rows.common}")
@@ -551,6 +589,16 @@ def main(argv: list[str] | None = None) -> int:
     failures = run.failures()
     rows.log(f"{len(rows.rows)} rows in {rows.file}; wrong or failed: {', '.join(failures) or 'nothing'}")
     return 1 if failures else 0
+
+
+def unpacked(folder: Path) -> str:
+    """A folder with what the wheels hold, until the process ends. No pip: a bare machine may have none."""
+    target = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, target, ignore_errors=True)
+    for wheel in sorted(folder.glob("*.whl")):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(target)
+    return target
 
 
 def start_anew(argv: list[str], seconds: float) -> None:

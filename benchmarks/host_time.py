@@ -17,15 +17,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from triton.runtime.jit import JITFunction
 
 import llava15_kernels
@@ -42,7 +42,7 @@ from llava15_kernels import (
     vision_rope_2d,
 )
 
-from .rows import environment
+from .rows import environment, output_file, positive, write_document
 from .timing import Call, host_times
 
 torch.library.define("llava15_benchmarks::allocate", "(Tensor x) -> Tensor")
@@ -142,51 +142,53 @@ def as_if_on_a_gpu(device: torch.device) -> Iterator[None]:
         yield
 
 
-def host_rows(device: torch.device, dtype: torch.dtype, rounds: int = 30, batch: int = 50) -> list[dict[str, Any]]:
-    """One row per function. Times are 10% quantiles in microseconds: what else a machine does only ever adds."""
+def host_rows(device: torch.device, dtype: torch.dtype, rounds: int = 30, batch: int = 50) -> Iterator[dict[str, Any]]:
+    """A row per function as it comes. Times are 10% quantiles in microseconds: what else a machine does only ever adds."""
     x = torch.randn(4, 128, device=device).to(dtype)
     common: dict[str, Call] = {
         "add": lambda: torch.add(x, x),
         "allocate": lambda: torch.ops.llava15_benchmarks.allocate(x),
         "empty": lambda: torch.empty_like(x),
     }
-    rows = []
     with torch.no_grad(), as_if_on_a_gpu(device):
         for function in functions(device, dtype):
             timings = host_times({"public": function.public, "operator": function.operator, **common}, device, rounds, batch)
             public, operator, add, allocate, empty = (timing.p10 for timing in timings.values())
-            rows.append(
-                {
-                    "kernel": function.name,
-                    "public_us": round(public, 3),
-                    "operator_us": round(operator, 3),
-                    "validation_share": round(1 - operator / public, 3),
-                    "public_in_adds": round(public / add, 2),
-                    "operator_in_adds": round(operator / add, 2),
-                    "validation_in_adds": round((public - operator) / add, 2),
-                    "boundary_in_adds": round((allocate - empty) / add, 2),
-                    "torch_add_us": round(add, 3),
-                    "public_p50_us": round(timings["public"].p50, 3),
-                    "public_p90_us": round(timings["public"].p90, 3),
-                }
-            )
-    return rows
+            yield {
+                "kernel": function.name,
+                "public_us": round(public, 3),
+                "operator_us": round(operator, 3),
+                "validation_share": round(1 - operator / public, 3),
+                "public_in_adds": round(public / add, 2),
+                "operator_in_adds": round(operator / add, 2),
+                "validation_in_adds": round((public - operator) / add, 2),
+                "boundary_in_adds": round((allocate - empty) / add, 2),
+                "torch_add_us": round(add, 3),
+                "public_p50_us": round(timings["public"].p50, 3),
+                "public_p90_us": round(timings["public"].p90, 3),
+            }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints a table and writes the JSON."""
+    """Prints a table and writes the JSON. Status 2: it cannot be measured; 130: stopped by hand."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.host_time",
         description="Measures what a call of each public function costs the host, and how much of that is validation.",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Writes the rows to this file.")
-    parser.add_argument("--rounds", type=int, default=60, help="How often each function has its turn. By default 60.")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="Writes the rows to this file.")
+    parser.add_argument(
+        "--rounds", type=positive, default=60, metavar="N", help="How often each function has its turn. By default 60."
+    )
     arguments = parser.parse_args(argv)
     if llava15_kernels.INTERPRETED:
         print("TRITON_INTERPRET is set: the interpreter's cost would be measured.", file=sys.stderr)
         return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = host_rows(device, torch.bfloat16, arguments.rounds)
+    rows, names = [], functions(device, torch.bfloat16)
+    with contextlib.suppress(KeyboardInterrupt):  # what is finished is shown
+        work = host_rows(device, torch.bfloat16, arguments.rounds)
+        for row in track(work, "timing", total=len(names), console=Console(stderr=True), transient=True):
+            rows.append(row)
     print(f"{'':30} {'in torch.add':>12} {'operator':>9} {'validation':>10} {'of the call':>11} {'boundary':>9}")
     for row in rows:
         print(
@@ -197,9 +199,8 @@ def main(argv: list[str] | None = None) -> int:
         if device.type == "cpu":  # ratios only
             rows = [{key: value for key, value in row.items() if "_us" not in key} for row in rows]
         document = {**environment(), "launches": "real" if device.type == "cuda" else "stubbed", "rows": rows}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
-    return 0
+        write_document(arguments.json, document)
+    return 0 if len(rows) == len(names) else 130
 
 
 if __name__ == "__main__":

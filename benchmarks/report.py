@@ -10,7 +10,8 @@
 | modelled  | the same: counts at the rates of a data sheet                                   |
 | published | `published.json`: others' own words                                             |
 
-Only rows that were verified count, of several the last. Where a number was not measured, "not measured yet" stands.
+Only rows that were verified count, of several of one device the last; rows of two devices are never compared. Where a number
+was not measured, "not measured yet" stands.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,9 +65,14 @@ class Evidence:
         return cls(
             [row for row in results(folder) if not row.get("dry_run") and row.get("verified")],
             {file.stem: json.loads(file.read_text()) for file in sorted((folder / "roofline").glob("*.json"))},
-            json.loads(cpu.read_text()) if cpu.is_file() else None,
+            verified_only(json.loads(cpu.read_text())) if cpu.is_file() else None,
             json.loads((root / BENCHMARKS / "published.json").read_text()),
         )
+
+    def by_device(self) -> list[Evidence]:
+        """One for each device that something was measured on; else this one."""
+        devices = dict.fromkeys(row["device"] for row in self.rows)
+        return [replace(self, rows=[row for row in self.rows if row["device"] == device]) for device in devices] or [self]
 
     def times(self, kernel: str, case: str | None = None) -> dict[tuple[str, str], Row]:
         """(case, provider) -> the last timing of a kernel in bfloat16."""
@@ -91,6 +97,11 @@ class Evidence:
         return {row["provider"]: row for row in document["rows"] if row["phase"] == phase}
 
 
+def verified_only(document: Row) -> Row:
+    """Rows of before there was such a field exist only where all was verified."""
+    return {**document, "rows": [row for row in document["rows"] if row.get("verified", True)]}
+
+
 # --- tables
 
 
@@ -106,6 +117,12 @@ def median(row: Row | None, figure: str, unit: str) -> str:
     return f"{row[figure]['p50']:.2f} {unit} ({short_device(row['device'])})"
 
 
+def everywhere(evidence: Evidence, cell: Callable[[Evidence], str]) -> str:
+    """A cell with what each device has to say."""
+    said = [text for text in map(cell, evidence.by_device()) if text != NOT_YET]
+    return ", ".join(said) or NOT_YET
+
+
 def short_device(name: str) -> str:
     """ "NVIDIA H100 80GB HBM3" -> "H100"."""
     found = re.search(r"\b(H100|H200|A100|L40S|MI300X|B200|A10G?|L4|T4)\b", name)
@@ -118,7 +135,14 @@ DECODE = [(config, context) for config in ("4b", "8b") for context in (1024, 819
 def decode_table(evidence: Evidence) -> str:
     rows = [("", "floor", "patched, modelled", "patched, measured", "sdpa, modelled", "sdpa, measured")]
     for config, context in DECODE:
-        counted, measured = evidence.counted(config, f"decode {context}"), evidence.answers(config=config, context=context)
+        counted = evidence.counted(config, f"decode {context}")
+
+        def measured(provider: str, config: str = config, context: int = context) -> str:
+            def cell(one: Evidence) -> str:
+                return median(one.answers(config=config, context=context).get(provider), "ms_per_token", "ms")
+
+            return everywhere(evidence, cell)
+
         modelled = {
             provider: f"{row['modelled']['best_ms']:.1f} to {row['modelled']['worst_ms']:.1f} ms"
             for provider, row in counted.items()
@@ -130,7 +154,7 @@ def decode_table(evidence: Evidence) -> str:
                 *(
                     text
                     for provider in ("patched", "sdpa")
-                    for text in (modelled[provider], median(measured.get(provider), "ms_per_token", "ms"))
+                    for text in (modelled[provider], measured(provider))
                 ),
             )
         )
@@ -163,13 +187,57 @@ def counts_table(evidence: Evidence) -> str:
 
 def answers_table(evidence: Evidence) -> str:
     """One 1120 x 1120 image, 64 tokens of text, 256 new ones."""
-    rows = [("measured", "first token", "each token", "whole answer", "memory", "first call")]
-    for config in ("4b", "8b"):
-        found = evidence.answers(config=config, images=1, image_size=1120, context=64, new_tokens=256)
-        for provider, row in found.items():
-            figures = (median(row, figure, "ms") for figure in ("time_to_first_token_ms", "ms_per_token", "generate_ms"))
-            rows.append((f"{config.upper()}, {provider}", *figures, f"{row['peak_gb']} GB", f"{row['first_call_s']} s"))
+    figures = ("preprocessing_ms", "time_to_first_token_ms", "ms_per_token", "generate_ms")
+    rows = [("measured", "preprocessing", "first token", "each token", "whole answer", "memory", "first call")]
+    for one in evidence.by_device():
+        for config in ("4b", "8b"):
+            found = one.answers(config=config, images=1, image_size=1120, context=64, new_tokens=256)
+            for provider, row in found.items():
+                times = (median(row, figure, "ms") for figure in figures)
+                rows.append((f"{config.upper()}, {provider}", *times, f"{row['peak_gb']} GB", f"{row['first_call_s']} s"))
     return table(*rows) if len(rows) > 1 else f"{NOT_YET.capitalize()}."
+
+
+SHAPE = ("config", "images", "image_size", "batch", "context", "new_tokens")
+
+
+def shapes_table(evidence: Evidence) -> str:
+    """Every shape that was measured, patched beside sdpa."""
+    title = "**Every shape**, patched / sdpa, measured"
+    rows = [("", "first token, ms", "each token, ms", "tokens/s", "memory, GB")]
+    for one in evidence.by_device():
+        found: dict[tuple[Any, ...], dict[str, Row]] = {}
+        for row in one.rows:
+            if row["kind"] == "generate":
+                found.setdefault(tuple(row[name] for name in SHAPE), {})[row["provider"]] = row
+        for (config, images, size, batch, context, new_tokens), by in sorted(found.items()):
+
+            def both(value: Callable[[Row], str], by: dict[str, Row] = by) -> str:
+                return " / ".join(value(by[name]) if name in by else "-" for name in ("patched", "sdpa"))
+
+            pictures = f"{images} x {size} x {size} + " if images else ""
+            device = short_device(next(iter(by.values()))["device"])
+            rows.append(
+                (
+                    f"{config.upper()}, batch {batch}, {pictures}{context} + {new_tokens} tokens ({device})",
+                    both(lambda row: f"{row['time_to_first_token_ms']['p50']:.1f}"),
+                    both(lambda row: f"{row['ms_per_token']['p50']:.2f}"),
+                    both(lambda row: f"{1e3 * row['batch'] / row['ms_per_token']['p50']:.0f}"),
+                    both(lambda row: f"{row['peak_gb']}"),
+                )
+            )
+    return f"{title}:\n\n{table(*rows)}" if len(rows) > 1 else f"{title}: {NOT_YET}."
+
+
+def runs_line(evidence: Evidence) -> str:
+    """What the measured rows were measured with."""
+    what = ("driver", "torch", "triton", "transformers", "commit")
+    runs = dict.fromkeys((row["device"], *(row.get(name) for name in what)) for row in evidence.rows)
+    said = [
+        f"{device} ({', '.join(f'{name} {value[:12]}' for name, value in zip(what, values, strict=True) if value)})"
+        for device, *values in runs
+    ]
+    return f"Measured on: {'; '.join(said) or 'no GPU yet'}."
 
 
 def published_table(evidence: Evidence) -> str:
@@ -178,7 +246,7 @@ def published_table(evidence: Evidence) -> str:
         rows.append(
             (
                 figure["what"],
-                ours_beside(evidence, figure["ours"]),
+                everywhere(evidence, lambda one, wanted=figure["ours"]: ours_beside(one, wanted)),
                 figure["value"],
                 f"{figure['by']}, {figure['on']}",
                 figure["source"],
@@ -196,15 +264,17 @@ def ours_beside(evidence: Evidence, wanted: Row) -> str:
 
 
 def memory_bound(evidence: Evidence) -> dict[str, dict[str, float]]:
-    """Kernel and case -> provider -> percent of a copy of as many bytes in the same run."""
+    """Kernel, case and device -> provider -> percent of a copy of as many bytes in the same run."""
     found: dict[str, dict[str, float]] = {}
-    kernels = {row["kernel"]: None for row in evidence.rows if row["kind"] == "time" and row["provider"] == "copy"}
-    for kernel in kernels:
-        timings = evidence.times(kernel)
-        for (case, provider), row in timings.items():
-            copy = timings.get((case, "copy"))
-            if copy and provider != "copy" and row["bytes"] > 2e7:
-                found.setdefault(f"{kernel} {case}", {})[provider] = 100 * copy["p50_us"] / row["p50_us"]
+    for one in evidence.by_device():
+        kernels = {row["kernel"]: None for row in one.rows if row["kind"] == "time" and row["provider"] == "copy"}
+        for kernel in kernels:
+            timings = one.times(kernel)
+            for (case, provider), row in timings.items():
+                copy = timings.get((case, "copy"))
+                if copy and provider != "copy" and row["bytes"] > 2e7:
+                    title = f"{kernel} {case} ({short_device(row['device'])})"
+                    found.setdefault(title, {})[provider] = 100 * copy["p50_us"] / row["p50_us"]
     return {title: by for title, by in found.items() if "ours" in by}
 
 
@@ -254,6 +324,7 @@ def section(evidence: Evidence) -> str:
         "Each number is *measured* (a committed, verified run on the device that is named), *counted* (operators of a forward "
         "of the real model on fake tensors), *modelled* (counts at the rates of a data sheet) or *published* (by others). This "
         "section is written by `python -m benchmarks.report`, and a test compares it with the committed rows.",
+        runs_line(evidence),
         "**One more token**, batch 1, bfloat16:",
         decode_table(evidence),
         *picture("decode", "Milliseconds per token: floor, modelled, measured, published"),
@@ -263,6 +334,7 @@ def section(evidence: Evidence) -> str:
         "devices.",
         "**Whole answers**, one 1120 x 1120 image, 64 tokens of text, 256 new tokens, batch 1:",
         answers_table(evidence),
+        shapes_table(evidence),
         "**What runs**, counted:",
         counts_table(evidence),
         *picture("launches", "Counted kernel launches per forward: eager, sdpa, patched"),
@@ -343,12 +415,15 @@ def decode_picture(evidence: Evidence) -> Figure:
     figure, both = new_figure(3.4, len(configs))
     for axes, config in zip(both, configs, strict=True):
         _decode_bars(axes, evidence, config)
+    longest = max(bar.get_x() + bar.get_width() for axes in both for bar in axes.patches)
+    for axes in both:
+        axes.set_xlim(0, 1.32 * longest)  # room for the words behind the bars
     figure.supxlabel("ms per token behind 1024 tokens, batch 1, bfloat16", fontsize=10)
     return figure
 
 
 def _decode_bars(axes: Axes, evidence: Evidence, config: str) -> None:
-    counted, measured = evidence.counted(config, "decode 1024"), evidence.answers(config=config, context=1024)
+    counted, devices = evidence.counted(config, "decode 1024"), evidence.by_device()
     device = short_device(evidence.roofline[config]["device"]["name"])
     labels = []
 
@@ -367,10 +442,11 @@ def _decode_bars(axes: Axes, evidence: Evidence, config: str) -> None:
             f"{provider},\nmodelled, {device}", low, high, f"{low:.1f} to {high:.1f}",
             facecolor="white", edgecolor=color, hatch="////",
         )  # fmt: skip
-        if row := measured.get(provider):
+        measured = [one.answers(config=config, context=1024).get(provider) for one in devices]
+        for row in filter(None, measured):
             value = row["ms_per_token"]["p50"]
             bar(f"{provider},\nmeasured, {short_device(row['device'])}", 0, value, f"{value:.2f}", color=color)
-        else:
+        if not any(measured):
             bar(f"{provider},\nmeasured", 0, 0, NOT_YET, color=color)
     for entry in evidence.published["figures"]:
         if entry["ours"].get("config") == config and entry["ours"]["context"] == 1024:
@@ -380,19 +456,25 @@ def _decode_bars(axes: Axes, evidence: Evidence, config: str) -> None:
     axes.set_yticks(range(len(labels)), labels, fontsize=8.5)
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
-    axes.set_xlim(0, 29)
     axes.set_title(config.upper(), loc="left", fontsize=11, fontweight="bold")
+
+
+def charted(evidence: Evidence) -> tuple[Evidence, str]:
+    """What the device of the published chart has measured, else another's, and its name."""
+    named = [(one, short_device(one.rows[0]["device"])) for one in evidence.by_device() if one.times("flash_attn_varlen_func")]
+    return next((pair for pair in named if pair[1] == "H100"), named[0])
 
 
 def attention_picture(evidence: Evidence) -> Figure:
     published = evidence.published["attention"]
+    one, device = charted(evidence)
     figure, both = new_figure(3.8, 2, sharey=True)
     for axes, kind in zip(both, ("vision", "causal"), strict=True):
         for name, color in CHARTED.items():
             values = published[kind][name]
             axes.plot(published["tokens"], values, color=color, linewidth=1.2, linestyle="--", label=f"{name}, published")
         points: dict[str, list[tuple[int, float]]] = {}
-        for (case, provider), row in evidence.times("flash_attn_varlen_func").items():
+        for (case, provider), row in one.times("flash_attn_varlen_func").items():
             if (match := re.fullmatch(rf"{kind} (\d+)", case)) and "rate" in row:
                 points.setdefault(provider, []).append((int(match[1]), row["rate"]))
         for provider, color in {**BESIDE, "ours": OURS}.items():
@@ -412,7 +494,7 @@ def attention_picture(evidence: Evidence) -> Figure:
         axes.set_title(published[kind]["title"], loc="left", fontsize=11)
         axes.set_xlabel("tokens of a segment")
     both[0].set_ylim(0)
-    both[0].set_ylabel("TFLOP/s, forward, bfloat16")
+    both[0].set_ylabel(f"TFLOP/s, forward, bfloat16\nmeasured on {device}")
     handles = {label: handle for axes in both for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
@@ -421,14 +503,17 @@ def attention_picture(evidence: Evidence) -> Figure:
 def memory_picture(evidence: Evidence) -> Figure:
     found = memory_bound(evidence)
     figure, axes = new_figure(0.9 + 0.32 * len(found))
+    found = {title: {name.removesuffix(", one image"): value for name, value in by.items()} for title, by in found.items()}
     names = list(dict.fromkeys(provider for by in found.values() for provider in by if provider != "ours"))
     for y, by in enumerate(found.values()):
         axes.barh(y, by["ours"], 0.6, color=OURS, label="ours" if y == 0 else None, alpha=0.9)
         axes.text(1, y, f"{by['ours']:.0f}%", va="center", color="white", fontsize=8.5, fontweight="bold")
-    for name, color in zip(names, OTHERS, strict=False):
+    # Nobody may be missing for want of a style: strict, and the test draws every provider of the table.
+    styles = [(marker, color) for marker in "Do^" for color in OTHERS][: len(names)]
+    for name, (marker, color) in zip(names, styles, strict=True):
         points = [(by[name], y) for y, by in enumerate(found.values()) if name in by]
         axes.scatter(
-            *zip(*points, strict=True), marker="D", s=26, color=color, edgecolor="white", linewidth=0.5, label=name, zorder=4
+            *zip(*points, strict=True), marker=marker, s=26, color=color, edgecolor="white", linewidth=0.5, label=name, zorder=4
         )
     axes.axvline(100, color=FLOOR, linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(found)), list(found), fontsize=8.5)
@@ -511,8 +596,10 @@ def main(argv: list[str] | None = None) -> int:
         "--root", type=Path, default=ROOT, metavar="DIR", help="The checkout to read and write. Default: this one."
     )
     arguments = parser.parse_args(argv)
-    evidence = Evidence.load(arguments.root)
     readme = arguments.root / "README.md"
+    if not (readme.is_file() and (arguments.root / BENCHMARKS / "published.json").is_file()):
+        parser.error(f"--root {arguments.root}: not a checkout of this project")
+    evidence = Evidence.load(arguments.root)
     before = readme.read_text()
     after = with_section(before, section(evidence))
     if arguments.check:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -28,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+from .rows import output_file, results, sources, write_document
 
 if TYPE_CHECKING:
     from .counting import Counter
@@ -306,7 +307,6 @@ def table_of(
     import importlib.metadata
 
     from .counting import config_of
-    from .rows import sources
 
     device, found = DEVICES[key], []
     work = count(size, phases, device.architecture)
@@ -383,17 +383,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", choices=("4b", "8b"), required=True, help="The model whose shapes are counted.")
     parser.add_argument("--device", choices=tuple(DEVICES), default="h100", help="The data sheet to model with. Default: h100.")
     parser.add_argument("--phase", default="", metavar="TEXT", help="Only the phases that have this text in their name.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Writes the rows to this file too.")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="Writes the rows to this file too.")
     arguments = parser.parse_args(argv)
-    interpreted()
-    from .rows import results
-
     phases = tuple(phase for phase in PHASES if arguments.phase in phase.name)
+    if not phases:
+        parser.error(f"--phase {arguments.phase!r}: there are {', '.join(phase.name for phase in PHASES)}")
+    interpreted()
     document = table_of(arguments.config, arguments.device, phases, results(RESULTS), progress=True)
     show(document, Console(width=None if sys.stdout.isatty() else 128))
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_document(arguments.json, document)
     return 0 if len(document["rows"]) == len(phases) * len(PROVIDERS) else 130
 
 

@@ -5,6 +5,8 @@ A run that is cut off leaves every row it finished. Each row stands alone: devic
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -12,7 +14,7 @@ import platform
 import subprocess
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,20 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "transformers": version("transformers"),
+        **competitors(),
         "python": platform.python_version(),
         "commit": commit or commit_of(ROOT),
         "sources": sources(),
     }
+
+
+def competitors() -> dict[str, str]:
+    """Versions of those libraries to compare with that are here."""
+    found = {}
+    for name in ("liger-kernel", "flash-attn"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def commit_of(root: Path) -> str:
@@ -63,6 +75,37 @@ def _output(*command: str) -> str:
         return ""
     lines = result.stdout.strip().splitlines() if result.returncode == 0 else []
     return lines[0] if lines else ""
+
+
+def positive(text: str) -> int:
+    """A type of arguments."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def output_folder(text: str) -> Path:
+    """A type of arguments: a folder that is there or can be made."""
+    path = Path(text)
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{there} is a file")
+    if not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{there} cannot be written to")
+    return path
+
+
+def output_file(text: str) -> Path:
+    """A type of arguments: a file whose folder is there or can be made."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder")
+    return output_folder(str(Path(text).parent)) / Path(text).name
+
+
+def write_document(file: Path, document: dict[str, Any]) -> None:
+    """One JSON file, in a folder that is made where it is missing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(document, indent=1) + "\n")
 
 
 class Rows:

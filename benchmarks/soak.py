@@ -10,9 +10,9 @@ requests, by when every kind has come many times, and after the last.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import gc
-import json
 import os
 import random
 import sys
@@ -31,7 +31,7 @@ import llava15_fast
 from assets.scenes import QUESTION, held_out_scene
 from llava15_fast.cli import assets_folder, load
 
-from .rows import environment
+from .rows import environment, output_file, positive, write_document
 
 Request = tuple[list[list[dict[str, Any]]], dict[str, Any]]
 """Chats of one batch, and options of `generate`."""
@@ -105,22 +105,26 @@ def soak(requests: int, progress: Callable[[range], Any] = iter) -> dict[str, An
     kinds: Counter[str] = Counter()
     different, tokens, memory, early = [], 0, {}, max(1, requests // 10)
     start = time.perf_counter()
-    for index in progress(range(requests)):
-        kind, content = request(index)
-        kinds[kind] += 1
-        ours, expected = (answer(model, processor, *content) for model in (patched, eager))
-        tokens += ours.numel()
-        if not torch.equal(ours, expected):
-            different.append({"request": index, "kind": kind, "ours": ours.tolist(), "eager": expected.tolist()})
-        if index + 1 in (early, requests):
-            memory[index + 1] = round(resident_mib(), 1)
+    with contextlib.suppress(KeyboardInterrupt):  # what was answered counts
+        for index in progress(range(requests)):
+            kind, content = request(index)
+            ours, expected = (answer(model, processor, *content) for model in (patched, eager))
+            kinds[kind] += 1
+            tokens += ours.numel()
+            if not torch.equal(ours, expected):
+                different.append({"request": index, "kind": kind, "ours": ours.tolist(), "eager": expected.tolist()})
+            if index + 1 in (early, requests):
+                memory[index + 1] = round(resident_mib(), 1)
+    done = kinds.total()
+    if done < requests:
+        memory[done] = round(resident_mib(), 1)
     return {
-        "requests": requests,
+        "requests": done,
         "kinds": dict(sorted(kinds.items())),
         "tokens": tokens,
         "different_answers": different,
         "resident_mib": {str(after): mib for after, mib in memory.items()},
-        "growth": round(memory[requests] / memory[early] - 1, 4),
+        "growth": round(memory[done] / memory.get(early, memory[done]) - 1, 4),
         "seconds": round(time.perf_counter() - start),
         "ran": {row.path: row.ran for row in handle.report().rows},
         "fallbacks": {row.path: row.fallbacks for row in handle.report().rows if row.fallbacks},
@@ -128,24 +132,27 @@ def soak(requests: int, progress: Callable[[range], Any] = iter) -> dict[str, An
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints what came out and writes the JSON; the exit status is 1 if an answer differs or memory grows."""
+    """Prints what came out and writes the JSON. Status 1: an answer differs or memory grows; 130: stopped by hand."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.soak", description="Many mixed requests to a patched model: answers and memory."
+        prog="python -m benchmarks.soak",
+        description="Sends many mixed requests to a patched model, compares every answer with eager's, and watches its memory.",
     )
-    parser.add_argument("--requests", type=int, default=1000, metavar="N", help="how many (default 1000)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file")
+    parser.add_argument("--requests", type=positive, default=1000, metavar="N", help="How many. By default 1000.")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="Writes the result to this file.")
     arguments = parser.parse_args(argv)
     console = Console(stderr=True)
     result = soak(arguments.requests, lambda indices: track(indices, "requests", console=console, transient=True))
     flat = result["growth"] <= GROWTH
-    first, last = result["resident_mib"].values() if arguments.requests > 1 else [*result["resident_mib"].values()] * 2
+    first, *_, last = [*result["resident_mib"].values()] * 2
     print(f"{result['requests']} requests, {result['tokens']} tokens, {len(result['different_answers'])} answers not eager's")
-    print(f"resident memory {first} MiB after a tenth, {last} MiB at the end: {result['growth']:+.2%}")
+    print(f"resident memory {first} MiB at first, {last} MiB at the end: {result['growth']:+.2%}")
     print(f"kinds {result['kinds']}\nfallbacks {result['fallbacks']}")
     if arguments.json:
         document = {**environment(), "transformers": transformers.__version__, "threads": torch.get_num_threads(), **result}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_document(arguments.json, document)
+    if result["requests"] < arguments.requests:
+        print(f"stopped by hand after {result['requests']} of {arguments.requests} requests", file=sys.stderr)
+        return 130
     return 0 if flat and not result["different_answers"] else 1
 
 

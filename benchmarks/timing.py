@@ -113,8 +113,12 @@ def _wall_time(call: Call, budget: float) -> Timing:
     return Timing.of(samples, "perf_counter")
 
 
-def graph_time(call: Call, device: torch.device, inner: int = 20, budget: float = 0.2) -> Timing:
+def graph_time(
+    call: Call, device: torch.device, inner: int = 20, budget: float = 0.2, check: Callable[[Any], None] = lambda outputs: None
+) -> Timing:
     """The device's time of one `call` in a CUDA graph of `inner` calls, warm L2: launch gaps count, the host does not.
+
+    `check` is given what the last call leaves when the graph is replayed, and may raise.
 
     Raises:
         RuntimeError: the call cannot be captured.
@@ -128,7 +132,10 @@ def graph_time(call: Call, device: torch.device, inner: int = 20, budget: float 
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(inner):
-                call()
+                outputs = call()
+        graph.replay()
+        torch.cuda.synchronize()
+        check(outputs)
         whole = device_time(graph.replay, device, budget)
     clock = f"CUDA events, graph of {inner} calls, warm L2"
     return Timing(whole.p10 / inner, whole.p50 / inner, whole.p90 / inner, whole.repetitions, clock, whole.host_late)

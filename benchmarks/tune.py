@@ -11,17 +11,17 @@ used where a user asks for it: `LLAVA15_TUNED=FILE` (`llava15_kernels/tuned.py`)
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 import llava15_kernels
 from llava15_kernels import tuned
@@ -30,7 +30,7 @@ from llava15_kernels.flash_attn import FlashConfig
 from llava15_kernels.flash_decode import _Plan
 
 from .cases import Checker, cases
-from .rows import environment
+from .rows import environment, output_file, positive, write_document
 from .timing import device_time
 
 Config = dict[str, int]
@@ -117,7 +117,8 @@ class Tuner:
         noise = max(abs(again[name] / base[name] - 1) for name in base)
         best, best_score, tried = None, 1.0, 0
         candidates = [config for config in self.sweep.candidates() if config != self.rule]
-        for config in candidates[:2] if self.dry else candidates:
+        candidates = candidates[:2] if self.dry else candidates
+        for config in track(candidates, "trying", console=Console(stderr=True), transient=True):
             if time.monotonic() > self.end:
                 log(f"  out of time after {tried} of {len(candidates)} candidates")
                 break
@@ -156,20 +157,24 @@ class Tuner:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Status 0: the table is written; 1: a launcher takes no configuration from a table; 2: no GPU."""
+    """Status 0: the table is written; 1: a launcher takes no configuration from a table; 2: no GPU; 130: stopped by hand."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tune",
         description="Tries launch configurations on the GPU at hand, verifies each before timing it, and writes the best ones.",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="The table is written to this file.")
+    parser.add_argument("--out", type=output_file, required=True, metavar="FILE", help="The table is written to this file.")
     parser.add_argument("--op", choices=list(tuned.FIELDS), help="Only this operator.")
-    parser.add_argument("--head-dim", type=int, help="Only this width of a head.")
+    parser.add_argument("--head-dim", type=positive, metavar="N", help="Only this width of a head.")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], help="Only this dtype.")
-    parser.add_argument("--seconds", type=float, default=500, help="The time box, shared by the sweeps. By default 500.")
+    parser.add_argument(
+        "--seconds", type=float, default=500, metavar="N", help="The time box, shared by the sweeps. By default 500."
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="Tries two candidates each on the CPU at tiny sizes; the table cannot be used."
     )
-    parser.add_argument("--commit", help="The commit that the table names; by default git's, or what the file COMMIT says.")
+    parser.add_argument(
+        "--commit", metavar="HASH", help="The commit that the table names; by default git's, or what the file COMMIT says."
+    )
     arguments = parser.parse_args(argv)
     if not (arguments.dry_run or torch.cuda.is_available()):
         print("This machine has no GPU that torch can use; --dry-run tries everything on the CPU.", file=sys.stderr)
@@ -190,12 +195,13 @@ def main(argv: list[str] | None = None) -> int:
         # Triton's interpreter has no working bfloat16 arithmetic.
         and not (llava15_kernels.INTERPRETED and dtype == torch.bfloat16)
     ]
+    if not jobs:
+        parser.error("nothing is tuned for this operator, width and dtype")
     document: dict[str, Any] = {
         "format": 1,
         "measured": {**environment(arguments.commit), "dry_run": arguments.dry_run},
         "configurations": [],
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     status = 0
     with torch.no_grad():
         for index, (sweep, dtype) in enumerate(jobs):
@@ -207,11 +213,16 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 if entry := tuner.best(log):
                     document["configurations"].append(entry)
+            except KeyboardInterrupt:
+                log(f"stopped by hand in sweep {index + 1} of {len(jobs)}")
+                status = 130
             except NotAsked as error:
                 log(str(error))
                 status = 1
             # After each sweep, so that a run that is cut off leaves what it has found.
-            arguments.out.write_text(json.dumps(document, indent=1) + "\n")
+            write_document(arguments.out, document)
+            if status == 130:
+                break
     log(f"{len(document['configurations'])} configurations in {arguments.out}")
     return status
 

@@ -1,5 +1,7 @@
 """The real 4B and 8B models on fake tensors: launches and bytes of a decode step, and that the counts can be believed."""
 
+from collections import Counter as Tally
+
 import pytest
 import torch
 
@@ -63,6 +65,48 @@ def test_counted_launches_of_our_kernels_are_the_real_ones(tiny, golden, launche
         tiny(input_ids=inputs["input_ids"][:, -1:], past_key_values=output.past_key_values)
     ours = {name: count for name, count in counted.tally.items() if name.startswith("llava15::")}
     assert sum(ours.values()) == len([name for name in launches if name.endswith("_kernel")]) > 0
+
+
+VIEWS = {
+    "view", "transpose", "t", "permute", "expand", "unsqueeze", "squeeze", "slice", "select", "as_strided", "_reshape_alias",
+    "alias", "detach", "detach_", "split", "split_with_sizes", "unbind", "_unsafe_view", "lift_fresh", "empty", "empty_like",
+    "empty_strided",
+}  # fmt: skip
+
+
+COMPOSITE = {
+    name.split(".")[0]
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("aten::") and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+}
+
+
+def launched(events):
+    """Operators with a kernel of their own, below those that are only made of others; scalars are read, not launched."""
+    for event in events:
+        # The overloads of `where` for scalars are made of the one for tensors, under the same name.
+        itself = event.name == "aten::where" and event.name not in [child.name for child in event.cpu_children]
+        if not itself and (event.name in COMPOSITE or not event.name.startswith("aten::")):
+            yield from launched(event.cpu_children)
+        elif event.name.removeprefix("aten::") not in VIEWS:
+            yield event.name
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_counted_launches_of_transformers_are_those_that_the_profiler_sees(tiny, attention, phase):
+    """A run with data on a CPU, seen by torch's profiler: another way to the same count."""
+    tiny.set_attn_implementation(attention)
+    ids = torch.arange(9, device=tiny.device)[None]
+    with torch.no_grad():
+        cache = tiny(input_ids=ids, use_cache=True).past_key_values
+        inputs = {"input_ids": ids} if phase == "prefill" else {"input_ids": ids[:, :1], "past_key_values": cache}
+        with Counter() as counted:
+            tiny(**inputs, use_cache=True, logits_to_keep=1)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+            tiny(**inputs, use_cache=True, logits_to_keep=1)
+    seen = Tally(launched(event for event in profiled.events() if event.cpu_parent is None))
+    assert seen == counted.tally
 
 
 def test_a_prompt_of_the_real_model():

@@ -1,10 +1,12 @@
 """Whole answers: verified before they are timed, on a tiny model and a CPU."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import triton
 
 import llava15_fast
 from benchmarks import generate, gpu_check, rows
@@ -105,7 +107,7 @@ def test_a_competitor_that_cannot_run_is_no_failure_and_ours_is(tmp_path, torch_
     assert status == 0 and [row["status"] for row in found] == ["cannot run", "ok"]
     assert found[0]["error"] == "RuntimeError: out of resources"
     monkeypatch.setitem(PROVIDERS, "patched", broken)
-    status, found = command(tmp_path, "--images", "0", "--context", "9", "--provider", "patched")
+    status, found = command(tmp_path / "ours", "--images", "0", "--context", "9", "--provider", "patched")
     assert status == 1 and found[0]["status"] == "failed"
 
 
@@ -154,11 +156,81 @@ def test_prompts_are_as_asked():
         Prompts.make(config, Shape(100, 1), CPU)
 
 
-@pytest.mark.parametrize("arguments", [["--new-tokens", "1"], ["--config", "nowhere"]])
-def test_mistakes_are_said(arguments, capsys):
-    with pytest.raises(SystemExit):
-        generate.main(["--config", "tiny", *arguments])
-    assert "error" in capsys.readouterr().err
+MISTAKES = {
+    "--new-tokens 1": "at least 2",
+    "--config nowhere": "neither 4b, 8b or tiny nor a folder with a checkpoint",
+    "--image-size 100": "multiple of 28",
+    "--images -1": "not a positive whole number",
+    "--out README.md": "README.md is a file",
+    "--provider nobody": "invalid choice",
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_a_mistake_is_one_clear_line(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(rows.ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        generate.main(["--config", "tiny", "--out", str(tmp_path), *arguments.split()])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and "error: " in last and MISTAKES[arguments] in last
+
+
+def test_another_run_adds_to_the_file(tmp_path, torch_backend):
+    arguments = ["--images", "0", "--context", "9", "--provider", "sdpa"]
+    command(tmp_path, *arguments)
+    status, found = command(tmp_path, *arguments)
+    assert status == 0 and len(found) == 2
+    same = ("prompt_tokens", "provider", "batch", "dtype", "logits_error", "sources")
+    assert [found[0][name] for name in same] == [found[1][name] for name in same]
+
+
+def test_the_first_call_comes_before_everything_else(torch_backend, monkeypatch):
+    """What verification asks would have compiled and captured already."""
+    asked = []
+    for name in ("answer", "forced_logits"):
+        original = getattr(generate, name)
+        monkeypatch.setattr(generate, name, lambda *args, name=name, original=original: asked.append(name) or original(*args))
+    model = generate.build("tiny", CPU, torch.bfloat16)
+    shape = Shape(0, 0, 1, 9, 5)
+    made = generate.Verifier.make
+
+    def forgetting(*args):
+        verifier = made(*args)
+        asked.clear()
+        return verifier
+
+    monkeypatch.setattr(generate.Verifier, "make", forgetting)
+    (row,) = generate.measure(model, "tiny", shape, ["patched"], 1, CPU)
+    assert asked[:2] == ["answer", "forced_logits"] and row["kernels_compiled"] == 0 and row["first_call_s"] > 0
+
+
+def test_kernels_are_compiled_into_an_empty_cache_and_counted_once(monkeypatch):
+    before = triton.knobs.cache.dir
+
+    def compiling(*args):
+        folder = Path(triton.knobs.cache.dir)
+        assert folder != Path(before) and not list(folder.iterdir())
+        (folder / "HASH").mkdir()
+        for name in ("_kernel.json", "__grp___kernel.json", "_kernel.cubin"):
+            (folder / "HASH" / name).touch()
+
+    monkeypatch.setattr(generate, "answer", compiling)
+    prompts = Prompts({"input_ids": torch.zeros(1, 1)}, [], 0)
+    assert generate.time_first_call(None, prompts, Shape(), 0, ours=True)["kernels_compiled"] == 1
+    assert triton.knobs.cache.dir == before
+
+
+def test_what_cannot_be_verified_is_not_timed_and_the_next_shape_is(tmp_path, torch_backend, monkeypatch):
+    made = generate.Verifier.make
+
+    def too_large(model, prompts, shape, end):
+        if shape.batch == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return made(model, prompts, shape, end)
+
+    monkeypatch.setattr(generate.Verifier, "make", too_large)
+    status, found = command(tmp_path, "--images", "0", "--context", "9", "--batch", "2", "1", "--provider", "sdpa")
+    assert status == 1 and [row["status"] for row in found] == ["cannot verify", "ok"] and "generate_ms" not in found[0]
 
 
 def test_sections_of_the_gpu_check(tmp_path, torch_backend):

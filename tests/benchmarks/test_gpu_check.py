@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,62 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+MISTAKES = {
+    "--select nothing": "no item has this in its name",
+    "--wheels tests": "no wheels",
+    "--out README.md": "README.md is a file",
+}
+
+
+@needs_no_gpu
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_a_mistake_is_one_clear_line(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        check(tmp_path / "out", *arguments.split())
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and "error: " in last and MISTAKES[arguments] in last
+    assert not (tmp_path / "out").exists()
+
+
+@needs_no_gpu
+def test_competitors_come_from_wheels(tmp_path, monkeypatch):
+    """Of a name that the table knows; the rows say which version it was."""
+    source = (
+        "import torch\n"
+        "def liger_rms_norm(x, weight, eps):\n"
+        "    return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)\n"
+    )
+    with zipfile.ZipFile(tmp_path / "liger_kernel-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("liger_kernel/__init__.py", "")
+        wheel.writestr("liger_kernel/transformers/__init__.py", "")
+        wheel.writestr("liger_kernel/transformers/functional.py", source)
+        wheel.writestr("liger_kernel-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: liger-kernel\nVersion: 0.1.2\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    select = ["--select", "kernels: rms_norm 4096x4096 float16"]
+    try:
+        _, found = check(tmp_path / "with", "--wheels", str(tmp_path), *select)
+    finally:
+        for name in [name for name in sys.modules if name.startswith("liger_kernel")]:
+            del sys.modules[name]
+    liger = next(row for row in found if row.get("provider") == "Liger-Kernel")
+    assert liger["status"] == "ok" and liger["verified"] and liger["liger-kernel"] == "0.1.2"
+
+
+def test_tests_of_generate_run_too_after_the_first_tokens(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(gpu_check, "run_tests", lambda run, paths, marker, share: asked.append((paths, marker)))
+    run = Run(None, torch.device("cuda"), 0)
+    for name in ("tests", "tests of generate", "other tests"):
+        for item in gpu_check.SECTIONS[name](run):
+            item.run()
+    assert all((ROOT / path).exists() for paths, _ in asked for path in paths)
+    assert (["tests/kernels"], "gpu") in asked and (["tests/kernels"], "not gpu") in asked
+    assert any("tests/fast/test_gpu.py" in paths and "tests/fast/test_graphs.py" in paths for paths, _ in asked)
+    order = list(gpu_check.SECTIONS)
+    assert order.index("decode") < order.index("tests of generate") < order.index("kernels")
+
+
 def test_list_is_in_order_of_value():
     names = module("benchmarks.gpu_check", "--list").stdout.splitlines()
     assert names[0].startswith("tests: ") and names[1].startswith("ceilings: ")
@@ -264,7 +321,7 @@ def test_pytest_outcomes_are_written_as_they_come(tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess, "Popen", finished)
     run = Run(Rows(tmp_path, "x", {}), torch.device("cpu"), 100)
-    gpu_check.run_tests(run, "gpu", 1.0)
+    gpu_check.run_tests(run, ["tests/kernels"], "gpu", 1.0)
     row = run.rows.rows[-1]
     assert (row["passed"], row["failed"], row["skipped"]) == (1, 1, 1) and list(row["failing"]) == [found[1]["test"]]
     assert run.failures() == [""]

@@ -102,9 +102,26 @@ def test_measured_numbers_stand_where_they_belong(checkout):
     assert "901.20 ms" in lines["4B, patched"] and "9.1 GB" in lines["4B, patched"] and "8.5 s" in lines["4B, patched"]
     assert "333 TFLOP/s (H100)" in lines["attention, head_dim 128, causal, 4k"]
     assert "2800 GB/s (H100)" in lines["RMSNorm, 4096 x 4096"]
-    assert lines["rms_norm 4096x4096"].split(" | ")[1:] == ["96%", "80% (torch.compile) |"]
+    assert lines["rms_norm 4096x4096 (H100)"].split(" | ")[1:] == ["96%", "80% (torch.compile) |"]
     for wrong in ("9.99", "0.01 ms", "0.02 ms", "0.03 ms"):
         assert wrong not in text, "not the last row, not verified, dry, or of another shape"
+
+
+def test_two_devices_stand_side_by_side_and_are_never_compared(checkout):
+    h200 = {"device": "NVIDIA H200", "commit": "abcdef0123456789", "driver": "580.1"}
+    ours = timing("rms_norm", "4096x4096", "ours", 17.0, rate=3950.0, unit="GB/s", **h200)
+    measured(checkout, [*ROWS, answer("patched", ms=2.5, **h200), ours])
+    evidence = Evidence.load(checkout)
+    text = report.section(evidence)
+    assert "3.21 ms (H100), 2.50 ms (H200)" in text
+    assert "96%" in text and "141%" not in text, "an H200's time as a share of an H100's copy"
+    assert "NVIDIA H200 (driver 580.1, commit abcdef012345)" in text
+    assert "| 4B, batch 1, 1024 + 64 tokens (H100) | 20.5 / 20.5 | 3.21 / 18.70 | 312 / 53 | 9.1 / 9.1 |" in text
+    assert "| 4B, batch 1, 1024 + 64 tokens (H200) | 20.5 / - | 2.50 / - |" in text
+    pytest.importorskip("matplotlib")
+    left, _ = report.decode_picture(evidence).axes
+    assert {"3.21", "2.50"} <= {text.get_text() for text in left.texts}
+    assert "H100" in report.attention_picture(evidence).axes[0].get_ylabel()
 
 
 def test_the_section_is_replaced_and_nothing_else(checkout):
@@ -141,6 +158,23 @@ def test_pictures_show_the_numbers(checkout):
     assert {"96%"} == {text.get_text() for text in report.memory_picture(evidence).axes[0].texts}
     medians = {f"{row['median']:.2f}" for row in evidence.cpu["rows"]}
     assert medians == {text.get_text() for text in report.cpu_picture(evidence).axes[0].texts}
+
+
+def test_no_competitor_and_no_bar_is_left_out_of_a_picture(checkout):
+    pytest.importorskip("matplotlib")
+    from benchmarks.cases import cases
+
+    rows = [
+        timing(case.kernel, case.name, provider, 25.0, rate=2800.0, unit="GB/s")
+        for case in cases()
+        if not case.flops
+        for provider in ("ours", "copy", *case.providers, *case.slow_providers)
+    ]
+    measured(checkout, [*rows, answer("sdpa", ms=61.5)])
+    evidence = Evidence.load(checkout)
+    drawn = set(report.memory_picture(evidence).axes[0].get_legend_handles_labels()[1])
+    assert drawn == {row["provider"].removesuffix(", one image") for row in rows} - {"copy"}
+    assert all(axes.get_xlim()[1] > 61.5 for axes in report.decode_picture(evidence).axes)
 
 
 @pytest.mark.parametrize("readme", ["nothing", f"{report.END} {report.BEGIN}", f"{report.BEGIN} {report.END} {report.END}"])

@@ -1,0 +1,107 @@
+"""What every benchmark owes its user: help in sentences, one clear line for a mistake, and what was finished when stopped."""
+
+import importlib
+import json
+import re
+
+import pytest
+import torch
+
+from benchmarks import cpu_ratio, rows, soak
+
+COMMANDS = ("gpu_check", "generate", "roofline", "report", "cpu_ratio", "host_time", "soak", "tune", "aot")
+MISTAKES = {
+    "roofline --config 4b --phase nothing": "there are vision 560x560",
+    "cpu_ratio --select nothing": "no case has this in its name",
+    "cpu_ratio --pairs 1": "at least 2",
+    "soak --requests 0": "not a positive whole number",
+    "host_time --rounds 0": "not a positive whole number",
+    "host_time --json tests": "tests is a folder",
+    "tune --dry-run --out x.json --op flash_decode --head-dim 64": "nothing is tuned",
+    "tune --dry-run --out README.md/x.json": "README.md is a file",
+    "report --root tests": "not a checkout",
+}
+
+
+def main_of(command):
+    return importlib.import_module(f"benchmarks.{command}").main
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_in_full_sentences(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")  # an option a line
+    with pytest.raises(SystemExit) as stopped:
+        main_of(command)(["--help"])
+    assert stopped.value.code == 0
+    description, options = capsys.readouterr().out.split("\n\n")[1:3]
+    blocks = [block for block in re.split(r"\n  (?=-)", options) if block.startswith("--")]
+    assert blocks
+    for said in [description, *(re.split(r"\s{2,}", block.strip())[-1] for block in blocks)]:
+        assert said[0].isupper() and said.endswith("."), said
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_a_mistake_is_one_clear_line(arguments, capsys, monkeypatch):
+    monkeypatch.chdir(rows.ROOT)
+    command, *rest = arguments.split()
+    if command == "host_time":
+        monkeypatch.setattr("llava15_kernels.INTERPRETED", False)
+    with pytest.raises(SystemExit) as stopped:
+        main_of(command)(rest)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and "error: " in last and MISTAKES[arguments] in last
+
+
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's run")
+
+
+@needs_no_gpu
+def test_ratios_that_were_finished_stay_when_stopped(tmp_path, monkeypatch):
+    def ratio(call, *args):
+        if found["rows"]:
+            raise KeyboardInterrupt
+        found["rows"] += 1
+        return {"median": 1.0, "quartiles": [0.9, 1.1]}
+
+    found = {"rows": 0}
+    monkeypatch.setattr(cpu_ratio, "ratio", ratio)
+    file = tmp_path / "new" / "ratio.json"
+    assert cpu_ratio.main(["--json", str(file), "--select", "decode"]) == 130
+    document = json.loads(file.read_text())
+    assert document.keys() >= {"device", "torch", "triton", "transformers", "commit", "sources", "threads"}
+    assert [(row["case"], row["verified"], row["dtype"]) for row in document["rows"]] == [("decode", True, "float32")]
+
+
+@needs_no_gpu
+def test_a_wrong_result_has_no_ratio(tmp_path, monkeypatch, capsys):
+    from llava15_fast import text
+
+    right = text.rms_norm
+
+    def wrong(*args, **options):
+        out = right(*args, **options)
+        return (out[0] * 1.0001, *out[1:]) if isinstance(out, tuple) else out * 1.0001
+
+    monkeypatch.setattr(text, "rms_norm", wrong)
+    file = tmp_path / "ratio.json"
+    assert cpu_ratio.main(["--json", str(file), "--pairs", "2", "--select", "prefill, padded"]) == 1
+    found = json.loads(file.read_text())["rows"]
+    assert len(found) == 2 and not any(row["verified"] or "median" in row for row in found)
+    assert capsys.readouterr().out.count("WRONG") == 2
+
+
+@needs_no_gpu
+def test_a_soak_that_is_stopped_tells_how_far_it_came(tmp_path, monkeypatch, capsys):
+    turns = iter(range(9))
+
+    def answer(*args):
+        if next(turns) == 6:
+            raise KeyboardInterrupt
+        return torch.zeros(1, 3)
+
+    monkeypatch.setattr(soak, "answer", answer)
+    file = tmp_path / "soak.json"
+    assert soak.main(["--requests", "20", "--json", str(file)]) == 130
+    found = json.loads(file.read_text())
+    assert found["requests"] == 3 and sum(found["kinds"].values()) == 3 and list(found["resident_mib"]) == ["2", "3"]
+    assert "stopped by hand after 3 of 20" in capsys.readouterr().err
