@@ -44,7 +44,7 @@ demo: $(VENV)/ready
 	$(BIN)/llava15-fast demo
 
 test: $(VENV)/ready lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest PINS='$(OLDEST)'

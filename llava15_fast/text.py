@@ -234,11 +234,12 @@ class TextLayout:
             lengths = [end - start for start, end in spans]
             return cls(position_ids, rows, None, **_segments(lengths, lengths, device))
 
-        text = module.config
+        # Reading a configuration takes longer than looking at a layer's storages.
+        heads, head_dim, dtype = module.config.num_key_value_heads, module.config.head_dim, module.norm.weight.dtype
         for layer in cache.layers:
-            layer.reserve(total, batch, text.num_key_value_heads, text.head_dim, module.norm.weight.dtype, device)
+            layer.reserve(total, batch, heads, head_dim, dtype, device)
         capacity = cache.layers[0].storages[0].shape[1]
-        group = text.num_attention_heads // text.num_key_value_heads
+        group = module.config.num_attention_heads // heads
         if full and past and length * group <= MAX_ROWS:
             slots = [b * capacity + token for b in range(batch) for token in range(past, total)]
             return cls(position_ids, numbers=[slots, [end for _, end in spans], [start for start, _ in spans]])
