@@ -2,15 +2,14 @@
 
     python -m benchmarks.cpu_ratio --json benchmarks/results/cpu/ratio.json
 
-Random weights, two sizes. Each figure is the median over interleaved pairs (one run of each, in turns); both sides are checked
-to give the same result first, and what does not is a row without a ratio and exit status 1. Only the ratios mean something:
-the machine's speed does not.
+Random weights, two sizes; unpatched with transformers' sdpa attention, its default, and with its eager attention. Each figure
+is the median over interleaved pairs (one run of each, in turns); both sides are checked to give the same result first, and
+what does not is a row without a ratio and exit status 1. Only the ratios mean something: the machine's speed does not.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import sys
 import time
@@ -32,6 +31,9 @@ SIZES = {
 }
 """(width, MLP width, heads, KV heads, head_dim, layers) and (width, MLP width, heads, layers)."""
 
+ATTENTIONS = ("sdpa", "eager")
+"""transformers' attention in the unpatched model."""
+
 
 def random_model(size: str) -> LlavaOnevision1_5ForConditionalGeneration:
     width, mlp, heads, kv_heads, head_dim, layers = SIZES[size]["text"]
@@ -48,7 +50,12 @@ def random_model(size: str) -> LlavaOnevision1_5ForConditionalGeneration:
         text_config=text, vision_config=vision, image_token_id=2000, video_token_id=2001, vision_start_token_id=2002
     )
     torch.manual_seed(0)
-    return LlavaOnevision1_5ForConditionalGeneration(config).eval()
+    model = LlavaOnevision1_5ForConditionalGeneration(config).eval()
+    for module in model.modules():
+        # As large as a trained model's: the default is so small that an error in the MLP would not be seen.
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    return model
 
 
 def cases() -> dict[str, Callable[[Any], torch.Tensor]]:
@@ -59,24 +66,32 @@ def cases() -> dict[str, Callable[[Any], torch.Tensor]]:
     mask = torch.ones_like(batch)
     for row, pads in enumerate((0, 200, 120, 160)):
         mask[row, :pads] = 0
-    one_image = torch.tensor([[1, 32, 32]])
-    images = torch.tensor([[1, 8, 8]] * 12)
+    grids = {
+        "": torch.tensor([[1, 32, 32]]),
+        ", 4 images": torch.tensor([[1, 24, 24]] * 4),
+        ", 12 images": torch.tensor([[1, 8, 8]] * 12),
+    }
 
-    def pixels(grids: torch.Tensor) -> torch.Tensor:
-        return torch.randn(int(grids.prod(-1).sum()), 588, generator=torch.Generator().manual_seed(2))
+    def pixels(grid_thw: torch.Tensor) -> torch.Tensor:
+        return torch.randn(int(grid_thw.prod(-1).sum()), 588, generator=torch.Generator().manual_seed(2))
 
-    one, several = pixels(one_image), pixels(images)
-    with_images = torch.cat([torch.full((1, 12 * 16), 2000), prompt[:, :32]], dim=1)
+    def vision(grid_thw: torch.Tensor) -> Callable[[Any], torch.Tensor]:
+        patches = pixels(grid_thw)
+        return lambda model: model.model.visual(patches, grid_thw=grid_thw).pooler_output
+
+    def prompt_with(grid_thw: torch.Tensor) -> Callable[[Any], torch.Tensor]:
+        patches = pixels(grid_thw)
+        ids = torch.cat([torch.full((1, len(patches) // 4), 2000), prompt[:, :32]], dim=1)
+        inputs = {"input_ids": ids, "pixel_values": patches, "image_grid_thw": grid_thw, "logits_to_keep": 1}
+        return lambda model: model(**inputs).logits
+
     greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     return {
         "prefill": lambda model: model(input_ids=prompt, logits_to_keep=1).logits,
         "prefill, padded batch": lambda model: model(input_ids=batch, attention_mask=mask, logits_to_keep=1).logits,
         "decode": lambda model: model.generate(prompt[:, :32], max_new_tokens=24, **greedy),
-        "vision": lambda model: model.model.visual(one, grid_thw=one_image).pooler_output,
-        "vision, 12 images": lambda model: model.model.visual(several, grid_thw=images).pooler_output,
-        "prompt with 12 images": lambda model: (
-            model(input_ids=with_images, pixel_values=several, image_grid_thw=images, logits_to_keep=1).logits
-        ),
+        **{f"vision{images}": vision(grid_thw) for images, grid_thw in grids.items()},
+        **{f"prompt{images}": prompt_with(grid_thw) for images, grid_thw in grids.items() if images},
     }
 
 
@@ -104,11 +119,11 @@ def ratio(call: Callable[[Any], torch.Tensor], unpatched: Any, patched: Any, pai
     return {"median": round(statistics.median(ratios), 3), "quartiles": [round(low, 3), round(high, 3)]}
 
 
-def measured(size: str, name: str, models: tuple[Any, Any], pairs: int) -> dict[str, Any]:
-    """The row of one case."""
-    about = {"case": name, "size": size, "provider": "patched / unpatched", "dtype": "float32", "pairs": pairs}
+def measured(size: str, name: str, attention: str, models: dict[str, Any], pairs: int) -> dict[str, Any]:
+    """The row of one case, against the unpatched model with this `attention`."""
+    about = {"case": name, "size": size, "unpatched": attention, "dtype": "float32", "pairs": pairs}
     try:
-        return {**about, "verified": True, **ratio(cases()[name], *models, pairs)}
+        return {**about, "verified": True, **ratio(cases()[name], models[attention], models["patched"], pairs)}
     except AssertionError as error:
         return {**about, "verified": False, "error": " ".join(str(error).split())[:300]}
 
@@ -125,7 +140,9 @@ def main(argv: list[str] | None = None) -> int:
         "--json", type=output_file, metavar="FILE", help="Writes the rows to this file, anew after each of them."
     )
     arguments = parser.parse_args(argv)
-    work = [(size, name) for size in SIZES for name in cases() if arguments.select in name]
+    work = [
+        (size, name, attention) for size in SIZES for name in cases() for attention in ATTENTIONS if arguments.select in name
+    ]
     if arguments.pairs < 2:
         parser.error("--pairs has to be at least 2, for quartiles")
     if not work:
@@ -133,18 +150,18 @@ def main(argv: list[str] | None = None) -> int:
     document: dict[str, Any] = {
         "unit": "patched / unpatched time", **environment(), "threads": torch.get_num_threads(), "rows": [],
     }  # fmt: skip
-    models: dict[str, tuple[Any, Any]] = {}
+    models: dict[str, dict[str, Any]] = {}
     try:
-        for size, name in track(work, "timing", console=Console(stderr=True), transient=True):
+        for size, name, attention in track(work, "timing", console=Console(stderr=True), transient=True):
             if size not in models:
-                unpatched = random_model(size)
-                patched = copy.deepcopy(unpatched)
-                llava15_fast.patch(patched, "torch")
-                models = {size: (unpatched, patched)}
-            row = measured(size, name, models[size], arguments.pairs)
+                models = {size: {kind: random_model(size) for kind in (*ATTENTIONS, "patched")}}
+                llava15_fast.patch(models[size]["patched"], "torch")
+                for unpatched in ATTENTIONS:
+                    models[size][unpatched].set_attn_implementation(unpatched)
+            row = measured(size, name, attention, models[size], arguments.pairs)
             document["rows"].append(row)
             said = f"{row['median']:.3f}  quartiles {row['quartiles']}" if row["verified"] else f"WRONG: {row['error']}"
-            print(f"{size:6} {name:24} patched / unpatched {said}", flush=True)
+            print(f"{size:6} {name:24} patched / {attention:5} {said}", flush=True)
             if arguments.json:
                 write_document(arguments.json, document)
     except KeyboardInterrupt:

@@ -151,11 +151,7 @@ def decode_table(evidence: Evidence) -> str:
             (
                 f"{config.upper()} behind {context} tokens",
                 f"{counted['patched']['floor']['ms']:.2f} ms",
-                *(
-                    text
-                    for provider in ("patched", "sdpa")
-                    for text in (modelled[provider], measured(provider))
-                ),
+                *(text for provider in ("patched", "sdpa") for text in (modelled[provider], measured(provider))),
             )
         )
     return table(*rows)
@@ -293,13 +289,13 @@ def memory_table(evidence: Evidence) -> str:
 def cpu_table(evidence: Evidence) -> str:
     if evidence.cpu is None:
         return f"On a CPU: {NOT_YET}."
-    cases: dict[str, dict[str, Row]] = {}
+    cases: dict[str, dict[tuple[str, str], Row]] = {}
     for row in evidence.cpu["rows"]:
-        cases.setdefault(row["case"], {})[row["size"]] = row
-    sizes = list(dict.fromkeys(row["size"] for row in evidence.cpu["rows"]))
-    rows = [("patched / unpatched time on a CPU (quartiles), measured", *(f"{size} model" for size in sizes))]
+        cases.setdefault(row["case"], {})[row["size"], row["unpatched"]] = row
+    columns = list(dict.fromkeys((row["size"], row["unpatched"]) for row in evidence.cpu["rows"]))
+    rows = [("time patched / unpatched (quartiles), measured", *(f"{size} model, {attention}" for size, attention in columns))]
     for case, found in cases.items():
-        texts = ("{:.2f} ({:.2f} to {:.2f})".format(found[size]["median"], *found[size]["quartiles"]) for size in sizes)
+        texts = ("{:.2f} ({:.2f} to {:.2f})".format(found[column]["median"], *found[column]["quartiles"]) for column in columns)
         rows.append((case, *texts))
     return table(*rows)
 
@@ -525,7 +521,7 @@ def memory_picture(evidence: Evidence) -> Figure:
 
 
 def cpu_picture(evidence: Evidence) -> Figure:
-    rows = evidence.cpu["rows"]
+    rows = [row for row in evidence.cpu["rows"] if row["unpatched"] == "sdpa"]
     cases = list(dict.fromkeys(row["case"] for row in rows))
     sizes = list(dict.fromkeys(row["size"] for row in rows))
     figure, axes = new_figure(0.8 + 0.48 * len(cases))
@@ -543,7 +539,7 @@ def cpu_picture(evidence: Evidence) -> Figure:
     axes.set_yticks(range(len(cases)), cases)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(cases) - 0.4, -0.6)
-    axes.set_xlabel("patched / unpatched time on a CPU, measured; median and quartiles (below 1 is faster)")
+    axes.set_xlabel("time patched / unpatched (sdpa) on a CPU, measured; median and quartiles (below 1 is faster)")
     axes.legend(frameon=False, fontsize=9)
     return figure
 
