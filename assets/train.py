@@ -3,8 +3,7 @@
     python -m assets.train                     writes assets/scenes_checkpoint and assets/samples
 
 The tokenizer, the processor, the configuration and the weights are written in the published format. The same seed on
-the same machine and code gives the same files (the committed weights precede a
-change of summation order); about half an hour on two CPU cores.
+the same machine and code gives the same files; about half an hour on two CPU cores that do nothing else.
 """
 
 from __future__ import annotations
