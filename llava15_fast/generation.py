@@ -302,10 +302,10 @@ class _StopWatch:
         self.steps += 1
         if self.steps % LAG:
             return False
-        flag = torch.empty((), dtype=torch.bool, pin_memory=True)
+        flag = torch.empty((), dtype=torch.bool, pin_memory=True, device="cpu")
         flag.copy_(unfinished.any(), non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(unfinished.device))  # the current device may be another
         self.flags.append((flag, event))
         if len(self.flags) < 2:
             return False

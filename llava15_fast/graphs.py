@@ -14,6 +14,7 @@ Graphs of one model replay on one stream at a time.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import weakref
@@ -37,17 +38,37 @@ Storages = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class CapturedStep:
-    """`capture` records what a function launches, `replay` launches it again."""
+    """`capture` records what a function launches on a device, `replay` launches it again.
 
-    def __init__(self) -> None:
+    `torch.cuda.graph` is not for this: it captures on one stream for all devices, so that nothing of a model on another than
+    the first would be recorded, and an error leaves the caller on that stream.
+    """
+
+    new_pool = staticmethod(torch.cuda.graph_pool_handle)
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.graph = torch.cuda.CUDAGraph()
 
     def capture(self, step: Callable[[], torch.Tensor], pool: Any) -> torch.Tensor:
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            return step()
+        stream = _capture_stream(self.device)
+        torch.cuda.synchronize(self.device)
+        # While capturing, memory that others have left cannot be reclaimed.
+        torch.cuda.empty_cache()
+        with torch.cuda.device(self.device), torch.cuda.stream(stream):
+            self.graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                return step()
+            finally:
+                self.graph.capture_end()
 
     def replay(self) -> None:
         self.graph.replay()
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 @dataclass
@@ -78,6 +99,7 @@ class Graphs:
         self.entries: list[Entry] = []
         self.lock = threading.RLock()
         self.pool: Any = None
+        self.gave_up = False
 
     def __reduce__(self) -> tuple:
         """A copy or a pickle of the model captures its own."""
@@ -95,17 +117,20 @@ class Graphs:
             step: is given buffers on `device` in their place.
         """
         with self.lock:
-            entry = next((entry for entry in self.entries if entry.key == key), None)
+            entry = self.find(key)
             if entry is None:
                 self.add(Entry(key))
                 return None
             return self.replay(entry, inputs, step, device)
 
+    def find(self, key: tuple) -> Entry | None:
+        return next((entry for entry in self.entries if entry.key == key), None)
+
     def add(self, entry: Entry) -> None:
         self.entries = [*self.entries, entry][-self.limit :]
 
     def replay(self, entry: Entry, inputs: tuple[torch.Tensor, ...], step: Step, device: torch.device) -> torch.Tensor | None:
-        if entry.failed:
+        if entry.failed or self.gave_up:
             return None
         # The most recently used is the last to go.
         self.entries.sort(key=lambda other: other is entry)
@@ -116,18 +141,24 @@ class Graphs:
         return entry.output.clone()
 
     def _capture(self, entry: Entry, inputs: tuple[torch.Tensor, ...], step: Step, device: torch.device) -> bool:
+        # A pool whose last graph is gone must not be captured into again: torch raises, as long as something in it lives.
+        if not any(other.step for other in self.entries):
+            self.pool = CapturedStep.new_pool()
         try:
             # What is captured may be replayed in and out of inference mode.
             with torch.inference_mode(False), torch.no_grad():
                 buffers = tuple(torch.empty(x.shape, dtype=x.dtype, device=device) for x in inputs)
                 _fill(buffers, inputs)
-                captured = CapturedStep()
-                if self.pool is None and device.type == "cuda":
-                    self.pool = torch.cuda.graph_pool_handle()
+                captured = CapturedStep(device)
                 entry.output = captured.capture(lambda: step(*buffers), self.pool)
         except torch.OutOfMemoryError:
             entry.failed = True
             logger.warning("no memory to capture a CUDA graph: the step runs without one")
+            return False
+        except RuntimeError as error:
+            # Whatever it was, launching operation by operation says it better, or does without.
+            self.gave_up = True
+            logger.warning("a CUDA graph could not be captured (%s): steps run without one", error)
             return False
         entry.inputs, entry.step = buffers, captured
         return True
@@ -149,12 +180,17 @@ class DecodeGraphs(Graphs):
         with self.lock:
             storages = [layer.storages for layer in cache.layers]
             key = (*key, *(side.data_ptr() for pair in storages for side in pair))
-            entry = next((entry for entry in self.entries if entry.key == key), None)
+            entry = self.find(key)
             if entry is None:
                 self.entries = [other for other in self.entries if _can_return(other)]
                 self.add(Entry(key, storages=storages, owner=weakref.ref(cache.layers[0])))
                 return None
             return self.replay(entry, inputs, step, device)
+
+    def forget(self, cache: Cache) -> None:
+        """The storages of `cache` are about to be left: they are not kept beside the new ones."""
+        with self.lock:
+            self.entries = [entry for entry in self.entries if entry.owner() is not cache.layers[0]]
 
     def lend(self, cache: Cache, batch: int, tokens: int, like: torch.Tensor) -> None:
         """Gives an empty cache the storages of one that is gone, if they are of the right size and as `like`."""

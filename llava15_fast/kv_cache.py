@@ -68,9 +68,13 @@ class _Side:
         self.storage.shown = max(self.shown, self.length)
         return self.view
 
+    def has_to_move(self, tokens: int) -> bool:
+        """Whether `tokens` do not fit, or what lies behind the present ones is seen by someone."""
+        return tokens > self.storage.shape[1] or self.shown > self.length
+
     def reserve(self, tokens: int) -> None:
         """Room for `tokens`, none of it seen by anyone."""
-        if tokens > self.storage.shape[1] or self.shown > self.length:
+        if self.has_to_move(tokens):
             larger = _Side.empty(self.view, tokens, self.storage.device)
             larger.append(self.view)
             self.storage = larger.storage
@@ -163,6 +167,10 @@ class PreallocatedLayer(DynamicLayer):
             raise ValueError(f"the cache holds {present} prompts, but the input has {batch}")
         self._keys.reserve(tokens)
         self._values.reserve(tokens)
+
+    def has_to_move(self, tokens: int) -> bool:
+        """Whether `reserve` will leave the present storages."""
+        return self.is_initialized and (self._keys.has_to_move(tokens) or self._values.has_to_move(tokens))
 
     @property
     def storages(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -72,19 +72,19 @@ class VisionLayout:
         """`grids` holds (t, h, w) in patches per image or video, already checked."""
         lengths: list[int] = []
         positions: list[torch.Tensor] = []
-        class_row = torch.full((1, 2), -1, dtype=torch.int32)
+        # Made on the host, wherever tensors are made by default.
+        numbers: dict[str, Any] = {"dtype": torch.int32, "device": "cpu"}
+        class_row = torch.full((1, 2), -1, **numbers)
         for t, h, w in grids:
-            rows, columns = torch.meshgrid(
-                torch.arange(h, dtype=torch.int32), torch.arange(w, dtype=torch.int32), indexing="ij"
-            )
+            rows, columns = torch.meshgrid(torch.arange(h, **numbers), torch.arange(w, **numbers), indexing="ij")
             grid = torch.stack([rows, columns], dim=-1)
             # The image processor stores patches merge block by merge block.
             blocks = grid.view(h // merge_size, merge_size, w // merge_size, merge_size, 2)
             frame = torch.cat([class_row, blocks.transpose(1, 2).reshape(h * w, 2)])
             positions.extend([frame] * t)
             lengths.extend([h * w + 1] * t)
-        cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-        cu_seqlens[1:] = torch.tensor(lengths).cumsum(0)
+        cu_seqlens = torch.zeros(len(lengths) + 1, **numbers)
+        cu_seqlens[1:] = torch.tensor(lengths, **numbers).cumsum(0)
         position_ids = torch.cat(positions)
         patch_rows = (position_ids[:, 0] >= 0).nonzero()[:, 0]
         return cls(tuple(lengths), *(tensor.to(device, non_blocking=True) for tensor in (cu_seqlens, position_ids, patch_rows)))

@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llava15_kernels import flash_attn_varlen_func, flash_attn_with_kvcache, qk_norm_rope, rms_norm, silu_and_mul
-from llava15_kernels.flash_decode import MAX_ROWS
+from llava15_kernels.flash_decode import max_rows
 from llava15_kernels.qk_norm_rope import norm_and_rotate, rope_tables, write_rows
 
 from .fusing import FusedLinear, is_plain
@@ -171,7 +171,7 @@ class TextLayout:
         if self.numbers is None:
             return self
         slots, seqlens, leftpad = (
-            _send(torch.tensor(values, dtype=torch.int32), self.position_ids.device) for values in self.numbers
+            _send(torch.tensor(values, dtype=torch.int32, device="cpu"), self.position_ids.device) for values in self.numbers
         )
         return replace(self, slots=slots[None], cache_seqlens=seqlens, cache_leftpad=leftpad, numbers=None)
 
@@ -218,7 +218,10 @@ class TextLayout:
 
         def indices(first: list[int], last: list[int], offset: int) -> torch.Tensor:
             """first[b] : last[b] of every prompt b, moved by b * offset, on the device."""
-            parts = [torch.arange(a + b * offset, z + b * offset) for b, (a, z) in enumerate(zip(first, last, strict=True))]
+            parts = [
+                torch.arange(start + b * offset, end + b * offset, device="cpu")
+                for b, (start, end) in enumerate(zip(first, last, strict=True))
+            ]
             return _send(torch.cat(parts), device)
 
         rows = None
@@ -234,13 +237,9 @@ class TextLayout:
             lengths = [end - start for start, end in spans]
             return cls(position_ids, rows, None, **_segments(lengths, lengths, device))
 
-        # Reading a configuration takes longer than looking at a layer's storages.
-        heads, head_dim, dtype = module.config.num_key_value_heads, module.config.head_dim, module.norm.weight.dtype
-        for layer in cache.layers:
-            layer.reserve(total, batch, heads, head_dim, dtype, device)
-        capacity = cache.layers[0].storages[0].shape[1]
-        group = module.config.num_attention_heads // heads
-        if full and past and length * group <= MAX_ROWS:
+        capacity = _make_room(module, cache, total, batch, device)
+        group = module.config.num_attention_heads // module.config.num_key_value_heads
+        if full and past and length * group <= max_rows(module.config.head_dim, module.norm.weight.dtype):
             slots = [b * capacity + token for b in range(batch) for token in range(past, total)]
             return cls(position_ids, numbers=[slots, [end for _, end in spans], [start for start, _ in spans]])
         slots = indices(starts_at, ends_at, capacity)[None]
@@ -254,6 +253,25 @@ class TextLayout:
         return cls(position_ids, rows, slots, **_segments(lengths_q, lengths_k, device))
 
 
+def _make_room(module: nn.Module, cache: Cache, tokens: int, batch: int, device: torch.device) -> int:
+    """Room for `tokens` in all layers; returns the capacity."""
+    # Read once: that takes longer than looking at a layer's storages.
+    heads, head_dim, dtype = module.config.num_key_value_heads, module.config.head_dim, module.norm.weight.dtype
+    graphs = module.__dict__.get(GRAPHS)
+    if graphs is not None and cache.layers[0].has_to_move(tokens):
+        graphs.forget(cache)
+    while True:
+        try:
+            for layer in cache.layers:
+                layer.reserve(tokens, batch, heads, head_dim, dtype, device)
+            return cache.layers[0].storages[0].shape[1]
+        except torch.OutOfMemoryError:
+            if graphs is None or not graphs.entries:
+                raise
+            # They hold the storages of requests that are over.
+            graphs.clear()
+
+
 def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """To the device without waiting for it: from pageable memory only some 64 KB could be sent that way."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
@@ -262,8 +280,10 @@ def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def _segments(lengths_q: list[int], lengths_k: list[int], device: torch.device) -> dict[str, Any]:
     """The varlen attention's arguments. Pairs of empty segments are left out."""
     pairs = [(0, 0), *(pair for pair in zip(lengths_q, lengths_k, strict=True) if pair != (0, 0))]
-    bounds = torch.tensor(pairs, dtype=torch.int32).cumsum(0, dtype=torch.int32).T.contiguous()
-    bounds = _send(bounds, device)
+    # Rows that begin at multiples of 16 bytes: the kernels that read them are not compiled a second time.
+    bounds = torch.zeros(2, -(-len(pairs) // 4) * 4, dtype=torch.int32, device="cpu")
+    bounds[:, : len(pairs)] = torch.tensor(pairs, dtype=torch.int32, device="cpu").cumsum(0).T
+    bounds = _send(bounds, device)[:, : len(pairs)]
     return {
         "cu_seqlens_q": bounds[0],
         "cu_seqlens_k": bounds[1],
@@ -299,8 +319,8 @@ def _replay(module: nn.Module, embeds: torch.Tensor, layout: TextLayout, cache: 
     batch, backend = embeds.shape[0], site.backend_on(embeds.device)
     storages = [layer.storages for layer in cache.layers]
     # Rows that begin at multiples of 16 bytes: the kernels that read them are not compiled a second time.
-    numbers = torch.zeros(3, -(-batch // 4) * 4, dtype=torch.int32)
-    numbers[:, :batch] = torch.tensor(layout.numbers)
+    numbers = torch.zeros(3, -(-batch // 4) * 4, dtype=torch.int32, device="cpu")
+    numbers[:, :batch] = torch.tensor(layout.numbers, device="cpu")
 
     def step(embeds: torch.Tensor, position_ids: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         slots, seqlens, leftpad = numbers[:, :batch].unbind()

@@ -66,13 +66,15 @@ def _replay(module: nn.Module, hidden_states: torch.Tensor, layout: VisionLayout
     graphs, site, device = module.__dict__.get(GRAPHS), site_of(module, "encode"), hidden_states.device
     if graphs is None or len(hidden_states) > GRAPH_ROWS or not graphs.can_capture(device):
         return None
+    backend = site.backend_on(device)
+    if backend == "torch" and device.type == "cuda":  # its attention reads lengths back from the device
+        return None
     linears = [part for block in module.blocks for part in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)]
     if not all(is_plain(part) for part in linears):
         return None
     norms = [part for block in module.blocks for part in (block.norm1, block.norm2)]
     weights = [value for part in (*linears, *norms) for value in part._parameters.values()]
     weights += [module.class_pos_emb, module.rotary_pos_emb.inv_freq]
-    backend = site.backend_on(device)
 
     def step(hidden_states: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         return run_blocks(module, hidden_states, position_ids, cu_seqlens, layout.max_seqlen, backend)

@@ -4,6 +4,7 @@ the step again on the same buffers, after it has filled the output with NaN."""
 import copy
 import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -11,17 +12,35 @@ import torch
 import llava15_fast
 from llava15_fast import graphs as graphs_module
 from llava15_fast.graphs import GRAPHS, Graphs
+from llava15_fast.kv_cache import _Side
 from llava15_fast.patching import DECODE_GRAPHS
 
 OPTIONS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+class Pool:
+    """A memory pool of graphs, which torch refuses once all its graphs are gone."""
+
+    def __init__(self):
+        self.users, self.used = 0, False
+
+    def leave(self):
+        self.users -= 1
 
 
 class Replayed:
     """What `CapturedStep` does, without a graph: nothing is computed while capturing."""
 
     captured = 0
+    new_pool = Pool
+
+    def __init__(self, device):
+        pass
 
     def capture(self, step, pool):
+        assert pool.users or not pool.used, "use_count > 0 INTERNAL ASSERT FAILED"
+        pool.users, pool.used = pool.users + 1, True
+        weakref.finalize(self, pool.leave)
         type(self).captured += 1
         self.step = step
         self.output = torch.full_like(step(), float("nan"))
@@ -212,6 +231,75 @@ def test_without_memory_for_a_graph_the_step_runs_without(patched, prompts, monk
     ids = model.generate(**prompts("text"), max_new_tokens=6, **OPTIONS)
     assert replays(handle) == 0 and "no memory to capture a CUDA graph" in caplog.text
     assert torch.equal(ids, eager(model, prompts("text"), max_new_tokens=6))
+
+
+def test_after_a_capture_that_failed_nothing_is_captured_again(patched, prompts, monkeypatch, caplog):
+    tried = []
+
+    def fail(self, step, pool):
+        tried.append(step)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model, handle = patched
+    monkeypatch.setattr(graphs_module.CapturedStep, "capture", fail)
+    ids = [model.generate(**prompts(case), max_new_tokens=6, **OPTIONS) for case in ("text", "two_images")]
+    assert replays(handle) == 0 and len(tried) == 1 and "could not be captured (operation not permitted" in caplog.text
+    for case, found in zip(("text", "two_images"), ids, strict=True):
+        assert torch.equal(found, eager(model, prompts(case), max_new_tokens=6))
+
+
+def test_a_pool_is_not_used_again_after_its_last_graph(patched, prompts, monkeypatch):
+    """Images of new sizes push out the graphs of the old ones, before any of theirs is captured."""
+    monkeypatch.setattr("llava15_fast.patching.VISION_GRAPHS", 2)
+    model, handle = patched
+    llava15_fast.unpatch(model)
+    handle = llava15_fast.patch(model, "auto" if torch.cuda.is_available() else "torch")
+
+    def image(h):
+        grid = torch.tensor([[1, h, 2]], device=model.device)
+        return {"pixel_values": torch.ones(2 * h, 588, device=model.device), "image_grid_thw": grid}
+
+    for h in (2, 2, 4, 6, 8, 8):
+        features(model, image(h))
+    assert replays(handle, "visual.encode") == 2
+
+
+def test_storages_of_requests_that_are_over_make_room_for_a_new_one(patched, prompts, monkeypatch):
+    model, _ = patched
+    model.generate(**prompts("text"), max_new_tokens=5, **OPTIONS)
+    graphs = model.model.language_model.__dict__[GRAPHS]
+    held = [entry.storages[0][0] for entry in graphs.entries]
+    empty = _Side.empty.__func__
+
+    def fail_while_held(cls, *args):
+        if any(entry.storages[0][0] is held[0] for entry in graphs.entries):
+            raise torch.OutOfMemoryError("no memory")
+        return empty(cls, *args)
+
+    monkeypatch.setattr(_Side, "empty", classmethod(fail_while_held))
+    batch = prompts("text")["input_ids"].expand(2, -1)
+    ids = model.generate(batch, max_new_tokens=5, **OPTIONS)
+    assert torch.equal(ids, eager(model, {"inputs": batch}, max_new_tokens=5))
+
+
+def test_a_cache_that_moves_does_not_hold_its_old_storages(patched, prompts, monkeypatch):
+    monkeypatch.setattr("llava15_fast.kv_cache.BLOCK", 8)
+    monkeypatch.setattr("llava15_fast.kv_cache.HEADROOM", 0)
+    model, _ = patched
+    text = model.model.language_model
+    seen, empty = [], _Side.empty.__func__
+
+    def count(cls, like, tokens, device):
+        seen.append(sum(reference() is not None for reference in storages))
+        side = empty(cls, like, tokens, device)
+        storages.append(weakref.ref(side.storage))
+        return side
+
+    storages = []
+    monkeypatch.setattr(_Side, "empty", classmethod(count))
+    model.generate(**prompts("text"), max_new_tokens=20, **OPTIONS)
+    sides = 2 * len(text.layers)
+    assert len(seen) > 2 * sides and max(seen) <= sides  # never all old and all new ones
 
 
 def test_inference_mode_and_no_grad_share_a_graph(patched, prompts):

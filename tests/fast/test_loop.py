@@ -166,3 +166,15 @@ def test_a_layer_that_is_heard_still_gets_a_mask(tiny, golden):
     prompt = prompt_of(golden, "batch_left_pad")
     expected, found, rows = both(tiny, prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(found, expected) and rows["language_model"].fallbacks and rows["generate"].ran
+
+
+@pytest.mark.parametrize("case", ["one_image", "batch_left_pad", "batch_right_pad"])
+def test_another_default_device(tiny, golden, case):
+    """What belongs on the host is made there, wherever tensors are made by default."""
+    prompt = prompt_of(golden, case)
+    llava15_fast.patch(tiny, "torch")
+    with torch.no_grad():
+        expected = tiny(**prompt).logits
+        with torch.device("meta"):
+            found = tiny(**prompt).logits
+    assert torch.equal(found, expected)
