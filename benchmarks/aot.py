@@ -142,7 +142,8 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         slots = k_cache.flatten(0, 1), v_cache.flatten(0, 1), positions
         ops.qk_norm_rope_into_cache(q, k, head_weight, head_weight, 1e-6, positions, inv_freq, 1.0, v, *slots)
         flash_attn(q[0], k[0], v[0], True)
-        ops.flash_decode(q[:, :1], k_cache, v_cache, lengths, lengths, 0.088, True, 0)
+        for queries in (1, 32):  # a token, and what a draft proposes
+            ops.flash_decode(q[:, :queries], k_cache, v_cache, lengths, lengths, 0.088, True, 0)
 
     yield "vision", vision
     yield "4b text", lambda: text(TEXT["4b"])
@@ -170,6 +171,8 @@ def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
             signature[name] = mangle_type(value)
         elif isinstance(value, float):
             signature[name] = "fp32"
+        elif parameter.do_not_specialize:
+            signature[name] = "i32"
         elif value == 1:
             signature[name], constants[name] = "constexpr", 1
         else:

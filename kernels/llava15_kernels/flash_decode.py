@@ -40,8 +40,10 @@ from .cost import Cost, declares_cost, nbytes
 from .flash_attn import MAX_HEAD_DIM, _attend
 from .tuned import tuned
 
-MAX_ROWS = 128
-"""Queries times the query heads of a KV head: all of them are one tile."""
+
+def max_rows(head_dim: int, dtype: torch.dtype) -> int:
+    """Queries times the query heads of a KV head: all of them are one tile, which has to fit into the shared memory."""
+    return 32 if dtype == torch.float32 and head_dim > 128 else 128
 
 
 @triton.jit
@@ -151,16 +153,23 @@ class _Plan:
         capacity, kv_heads = k_cache.shape[1:3]
         exact = q.dtype == torch.float32
         block_d = max(16, next_power_of_2(head_dim))
+        block_m = max(16, next_power_of_2(n_queries * heads // kv_heads))
         arch = architecture(q.device)
-        config = tuned("flash_decode", (head_dim, q.dtype, arch)) or {
-            # Exact float32 products use no matrix instruction; larger tiles spill.
-            "block_n": (32 if block_d <= 64 else 16) if exact else (64 if block_d <= 128 else 32),
-            "num_warps": 4,
-            "num_stages": 1 if exact else 2 if arch.startswith("gfx") else 3,
+        # Several queries of many or wide heads: with 4 warps they spill, and their tiles outgrow the smaller shared memories.
+        large = block_m * block_d > (16 * 128 if exact else 64 * 128)
+        amd = arch.startswith("gfx")
+        # Exact float32 products use no matrix instruction; larger tiles spill.
+        block_n = (32 if block_d <= 64 else 16) if exact else 64 if block_d <= 128 else 32
+        if large and not exact and (amd or block_d > 128):
+            block_n //= 2
+        # What is measured is a single query.
+        config = (None if large else tuned("flash_decode", (head_dim, q.dtype, arch))) or {
+            "block_n": block_n,
+            "num_warps": 8 if large else 4,
+            "num_stages": 1 if exact else 2 if large or amd else 3,
             "waves": 2,
         }
         block_n, waves = config["block_n"], config["waves"]
-        block_m = max(16, next_power_of_2(n_queries * heads // kv_heads))
         splits = num_splits or choose_splits(batch, kv_heads, capacity, block_n, multiprocessors(q.device), waves)
         return cls(block_m, block_n, block_d, config["num_warps"], config["num_stages"], splits)
 
@@ -274,7 +283,8 @@ def flash_attn_with_kvcache(
     """Attention over a cache, with flash-attn's signature. New keys and values are in the cache already (`qk_norm_rope`).
 
     Args:
-        q: (B, L, heads, head_dim), float16, bfloat16 or float32, head_dim up to 256; L * heads / kv_heads up to 128.
+        q: (B, L, heads, head_dim), float16, bfloat16 or float32, head_dim up to 256; L * heads / kv_heads up to
+            128, or 32 in float32 with a head_dim above 128.
         k_cache, v_cache: (B, capacity, kv_heads, head_dim), heads a multiple of kv_heads.
         cache_seqlens: (B,) int32 on the device, or a number: tokens of the cache that count. By default all.
         cache_leftpad: (B,) int32 on the device: the first token that counts. By default 0.
@@ -349,8 +359,8 @@ def _check(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> tup
     batch, length, heads, head_dim = q.shape
     if not 0 < head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"{op}: head_dim {head_dim} is not supported, expected 1 to {MAX_HEAD_DIM}")
-    if (rows := length * heads // k_cache.shape[2]) > MAX_ROWS:
-        raise ValueError(f"{op}: {length} queries of {rows // length} heads per KV head, expected at most {MAX_ROWS} together")
+    if (rows := length * heads // k_cache.shape[2]) > (most := max_rows(head_dim, q.dtype)):
+        raise ValueError(f"{op}: {length} queries of {rows // length} heads per KV head, expected at most {most} together")
     if not q.dtype == k_cache.dtype == v_cache.dtype:
         raise TypeError(f"{op}: q, k_cache, v_cache are {q.dtype}, {k_cache.dtype}, {v_cache.dtype}, expected one dtype")
     if k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1:
