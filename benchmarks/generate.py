@@ -46,6 +46,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import llava15_fast
 from llava15_fast import LlavaOnevision1_5Config, LlavaOnevision1_5ForConditionalGeneration
+from llava15_fast.verification import exact_float32
 from llava15_kernels.testing import assert_close, worst
 
 from .counting import config_of
@@ -129,15 +130,12 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> LlavaOnevision
 def in_float32(model: torch.nn.Module) -> Iterator[None]:
     """The same weights, widened in place and narrowed again, which gives back every bit."""
     dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
-    tf32 = torch.backends.cudnn.allow_tf32
     try:
         for parameter in dtypes:
             parameter.data = parameter.data.float()
-        # The patch embedding is a convolution, which cuDNN would round to TF32; matrix products are not, by default.
-        torch.backends.cudnn.allow_tf32 = False
-        yield
+        with exact_float32():
+            yield
     finally:
-        torch.backends.cudnn.allow_tf32 = tf32
         for parameter, dtype in dtypes.items():
             parameter.data = parameter.data.to(dtype)
 

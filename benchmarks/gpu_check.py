@@ -193,7 +193,8 @@ def parallel() -> list[str]:
         import xdist  # noqa: F401
     except ImportError:
         return []
-    return ["-n", str(min(8, os.cpu_count() or 1))]
+    # Each holds up to 8 GB for the exact attention of long sequences.
+    return ["-n", str(min(4, os.cpu_count() or 1))]
 
 
 # --- ceilings

@@ -212,7 +212,7 @@ def verify(
     inputs = {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor) and key != "labels"}
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
     # `patched` puts back, in whatever way this ends, what was there before.
-    with torch.no_grad(), _without_tf32(), _attention_that_computes_in_any_dtype(root), patched(model, backend):
+    with torch.no_grad(), exact_float32(), _attention_that_computes_in_any_dtype(root), patched(model, backend):
         return _verify(model, root, inputs, max_new_tokens, backend)
 
 
@@ -422,16 +422,19 @@ def _in_precision(root: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_tf32() -> Iterator[None]:
+def exact_float32() -> Iterator[None]:
     """float32 products are computed in float32; convolutions on a GPU are not, by default."""
-    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    # By these: the older settings raise as soon as someone has used these.
+    backends = torch.backends
+    settings = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
+    before = [setting.fp32_precision for setting in settings]
     try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = cudnn
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 @contextlib.contextmanager

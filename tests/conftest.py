@@ -20,6 +20,9 @@ import llava15_fast
 for _name in [name for name in os.environ if name.startswith("PYTEST_XDIST") or name == "COLUMNS"]:
     del os.environ[_name]
 
+# Eager's patch embedding is a convolution, which a GPU would round.
+torch.backends.cudnn.allow_tf32 = False
+
 GOLDEN = Path(__file__).parent / "golden"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

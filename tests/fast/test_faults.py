@@ -341,6 +341,7 @@ def outcome(call):
         return type(error)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="an index that is out of range ends a process on a GPU")
 @pytest.mark.parametrize("name", STRANGE_CALLS)
 def test_strange_calls_have_eagers_answer_or_error(tiny, golden, name):
     inputs = {key: value for key, value in golden["one_image"][0].items() if key != "labels"}

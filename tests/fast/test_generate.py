@@ -66,7 +66,7 @@ def prompts(golden):
         "right_padded": {name: value.flip(-1) for name, value in cut("text_batch_left_pad", 2, 6).items()},
         "one_empty": {
             **cut("text_batch_left_pad", 2, 6),
-            "attention_mask": cut("text_batch_left_pad", 2, 6)["attention_mask"] * torch.tensor([[1], [0]]),
+            "attention_mask": (mask := cut("text_batch_left_pad", 2, 6)["attention_mask"]) * mask.new_tensor([[1], [0]]),
         },
         "padded": {name: value[1:] for name, value in cut("text_batch_left_pad", 1, 6).items()},
         "one_token": cut("text", 0, 1),

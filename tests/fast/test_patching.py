@@ -553,13 +553,13 @@ assert {row.backend for row in handle.report().rows} == {"auto"}  # as before th
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=ROOT)
 
 
-def test_a_fallback_of_a_kernel_is_logged_once(caplog):
+def test_a_fallback_of_a_kernel_is_logged_once(caplog, device):
     from llava15_kernels import rms_norm
     from llava15_kernels._dispatch import _log_gradient
 
     _log_gradient.cache_clear()
-    x = torch.randn(2, 64, requires_grad=True)
+    x = torch.randn(2, 64, requires_grad=True, device=device)
     with caplog.at_level(logging.WARNING, "llava15_kernels"):
         for _ in range(3):
-            rms_norm(x, torch.ones(64), 1e-6)
+            rms_norm(x, torch.ones(64, device=device), 1e-6)
     assert len(caplog.records) == 1 and "gradient" in caplog.text

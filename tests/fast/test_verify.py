@@ -11,7 +11,7 @@ import llava15_fast
 from llava15_fast import cli, generation, text, verification, vision
 from llava15_fast.cli import assets_folder
 from llava15_fast.fusing import FusedLinear
-from llava15_fast.verification import Comparison, verify
+from llava15_fast.verification import Comparison, exact_float32, verify
 
 STEPS = 6
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
@@ -339,3 +339,22 @@ def test_the_command_says_bad(capsys, monkeypatch):
 def test_the_command_names_a_missing_image_before_it_loads(capsys):
     assert cli.main(["verify", "--model", "nowhere", "--image", "none.png"]) == 2
     assert "no image file 'none.png'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("chosen", ["older", "newer", "nothing"])
+def test_float32_is_exact_meanwhile(chosen):
+    """However the user has allowed rounded products, and left as the user had it."""
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    kept = matmul.fp32_precision, conv.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        if chosen == "older":
+            torch.set_float32_matmul_precision("high")
+        elif chosen == "newer":
+            matmul.fp32_precision = conv.fp32_precision = "tf32"
+        before = matmul.fp32_precision, conv.fp32_precision
+        with exact_float32():
+            assert (matmul.fp32_precision, conv.fp32_precision) == ("ieee", "ieee")
+        assert (matmul.fp32_precision, conv.fp32_precision) == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision, conv.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = kept
