@@ -528,13 +528,12 @@ def flash_attn_varlen_sdpa(
         mask = None
         if causal and len_q != len_k:
             mask = torch.ones(len_q, len_k, dtype=torch.bool, device=q.device).tril(len_k - len_q)
-        if group > 1:
-            keys, values = (x[..., None, :].expand(-1, -1, -1, group, -1).flatten(2, 3) for x in (keys, values))
         output = torch.nn.functional.scaled_dot_product_attention(
             *(x.transpose(1, 2) for x in (queries, keys, values)),
             attn_mask=mask,
             is_causal=causal and mask is None,
             scale=softmax_scale,
+            enable_gqa=group > 1,
         ).transpose(1, 2)
         if causal and len_q > len_k:
             output[:, : len_q - len_k] = 0.0

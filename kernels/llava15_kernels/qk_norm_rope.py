@@ -415,7 +415,7 @@ def norm_and_rotate(
         x, dtype = x.to(cos.dtype), x.dtype
         first, second = x.chunk(2, dim=-1)
         # Whole rows at a time: torch's elementwise loops are slow on halves.
-        return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(dtype)
+        return torch.cat([-second, first], dim=-1).mul_(sin).add_(x * cos).to(dtype)
 
     return rotate(rms_norm_torch(q, q_weight, eps)), rotate(rms_norm_torch(k, k_weight, eps))
 
