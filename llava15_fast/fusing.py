@@ -2,7 +2,8 @@
 
 The weights are laid one under the other and the layers' parameters become views of them: no second copy, and whoever writes
 into a parameter writes into the fused weight. The sharing is lost without a word when a model is copied, converted, moved or
-loaded with `assign=True`; so it is looked at before every use, and made anew.
+loaded with `assign=True`; so whoever uses it calls `prepare` once after everything that may have changed the layers
+(`snapshot.py` tells), and it is made anew.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class FusedLinear:
 
     def __init__(self) -> None:
         self.weight: torch.Tensor | None = None
+        self.ready = False
         self.gave_up = False
 
     def __reduce__(self) -> tuple:
@@ -33,17 +35,16 @@ class FusedLinear:
 
     def __call__(self, x: torch.Tensor, layers: Sequence[nn.Module]) -> torch.Tensor:
         # torch.compile cannot look at storages, and fuses by itself what follows a product.
-        if not torch.compiler.is_compiling() and self.prepare(layers):
+        if self.ready and not torch.compiler.is_compiling():
             return nn.functional.linear(x, self.weight)
         return torch.cat([layer(x) for layer in layers], dim=-1)
 
-    def prepare(self, layers: Sequence[nn.Module]) -> bool:
-        """Whether the fused weight is there and is that of the layers; made, if it is not."""
-        if self.gave_up or not all(can_fuse(layer) for layer in layers):
-            return False
-        if not self._is_current(layers):
+    def prepare(self, layers: Sequence[nn.Module]) -> None:
+        """Looks whether the fused weight is that of the layers, and makes it if it is not and can be."""
+        possible = not self.gave_up and all(can_fuse(layer) for layer in layers)
+        if possible and not self._is_current(layers):
             self._fuse(layers)
-        return self.weight is not None
+        self.ready = possible and self.weight is not None
 
     def _is_current(self, layers: Sequence[nn.Module]) -> bool:
         if self.weight is None:
@@ -83,7 +84,7 @@ class FusedLinear:
             if weight is not None and not is_fake(weight) and weight.untyped_storage()._cdata == storage:
                 with torch.inference_mode(False), torch.no_grad():
                     weight.data = weight.data.clone()
-        self.weight = None
+        self.weight, self.ready = None, False
 
 
 def side_by_side(weights: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -48,6 +48,7 @@ from .modeling import (
 )
 from .refusal import inside
 from .sites import SITES, Site
+from .snapshot import SEEN, Remembered
 
 
 class PatchError(RuntimeError):
@@ -233,7 +234,9 @@ def patch(model: nn.Module, backend: Backend = "auto", *, cuda_graph: bool = Tru
         unpatch(model)
         for target, path, module in replaced:
             _install(target, path, module, backend)
-        text.fuse_weights(language_model)
+        language_model.__dict__[SEEN] = Remembered(text.find)
+        _inner(root).visual.__dict__[SEEN] = Remembered(vision.find)
+        text.look_at(language_model)  # lays weights side by side
         if cuda_graph:
             language_model.__dict__[GRAPHS] = DecodeGraphs(DECODE_GRAPHS)
             _inner(root).visual.__dict__[GRAPHS] = Graphs(VISION_GRAPHS)
@@ -260,8 +263,9 @@ def unpatch(model: nn.Module) -> None:
             if _is_ours(module.__dict__.get("_old_forward")):
                 # accelerate's hook calls this one and expects it to be there.
                 module.__dict__["_old_forward"] = MethodType(type(module).forward, module)
-        # Last: a replacement finds its site until it is gone, and who was interrupted can call this again.
+        # Last: a replacement finds what it needs until it is gone, and who was interrupted can call this again.
         module.__dict__.pop(SITES, None)
+        module.__dict__.pop(SEEN, None)
 
 
 @contextlib.contextmanager

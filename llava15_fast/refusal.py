@@ -14,15 +14,12 @@ WRAPPED = ("base_layer", "original_module")
 """What PEFT's wrappers call the module that they stand in the place of."""
 
 
-def refusal(
-    module: nn.Module, x: torch.Tensor, weight: torch.Tensor, options: dict[str, Any], passed_over: Iterable[nn.Module]
-) -> str | None:
-    """Why the original method of `module` has to run on `x`, or None if the kernels can.
+def refusal(module: nn.Module, x: torch.Tensor, weight: torch.Tensor, options: dict[str, Any]) -> str | None:
+    """Why the original method of `module` has to run on `x`, as far as this call says; None if the kernels can.
 
     Args:
         weight: one that the fused code reads, of the dtype that all have.
         options: keyword arguments of the call, with transformers' `output_...` requests among them.
-        passed_over: modules inside `module` whose `__call__` the fused code does not go through.
     """
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())):
         return "a gradient is needed"
@@ -36,6 +33,12 @@ def refusal(
             return f"{option} is on"
     if options.get("return_dict") is False:
         return "a tuple is asked for"
+    return None
+
+
+def obstacle(passed_over: Iterable[nn.Module]) -> str | None:
+    """Why the original has to run, as far as the modules say whose `__call__` the fused code does not go through."""
+    passed_over = list(passed_over)
     if any(has_hooks(child) for child in passed_over):
         return "a hook sits on a module that the fused code would pass over"
     if any(child._modules and inside(child) is not child for child in passed_over):

@@ -18,10 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -32,8 +34,9 @@ from llava15_kernels.qk_norm_rope import norm_and_rotate, rope_tables, write_row
 from .fusing import FusedLinear, is_plain
 from .graphs import GRAPHS, Storages
 from .kv_cache import adopt
-from .refusal import inside, refusal
+from .refusal import inside, obstacle, refusal
 from .sites import site_of
+from .snapshot import SEEN
 
 FUSED = "_llava15_fused"
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -90,7 +93,7 @@ def text_model_forward(
     if given.shape[2:] != (() if inputs_embeds is None else module.norm.weight.shape) or given.ndim < 2:
         site.fall_back("the input is not one token or one row per position")
         return type(module).forward(module, **inputs)
-    if reason := _text_refusal(module, given, kwargs):
+    if reason := _text_refusal(module, given, kwargs) or (seen := look_at(module)).obstacle:
         site.fall_back(reason)
         return type(module).forward(module, **inputs)
 
@@ -109,7 +112,7 @@ def text_model_forward(
         return type(module).forward(module, **{**inputs, "past_key_values": past_key_values})
 
     embeds = module.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-    hidden_states = _replay(module, embeds, layout, past_key_values)
+    hidden_states = _replay(module, seen, embeds, layout, past_key_values)
     if hidden_states is None:
         storages = None if past_key_values is None else [layer.storages for layer in past_key_values.layers]
         hidden_states = run_layers(module, embeds, layout.on_device(), storages, site.start(embeds.device))
@@ -120,7 +123,7 @@ def text_model_forward(
 
 
 def _text_refusal(module: nn.Module, given: torch.Tensor, options: dict[str, Any]) -> str | None:
-    """Why transformers' own forward has to run, as far as the model and the options say; None if the kernels can."""
+    """Why transformers' own forward has to run, as far as configuration and options say; None if the kernels can."""
     config = module.config
     if module.training and config.attention_dropout:
         return "attention dropout is on"
@@ -130,8 +133,38 @@ def _text_refusal(module: nn.Module, given: torch.Tensor, options: dict[str, Any
         return f"no kernel for the activation {config.hidden_act!r}"
     if module.rotary_emb.rope_type not in STATIC_ROPE:
         return f"no kernel for the rotary embedding {module.rotary_emb.rope_type!r}"
-    passed_over = [part for layer in module.layers for part in _passed_over(layer)]
-    return refusal(module, given, module.norm.weight, options, [*passed_over, module.norm, module.rotary_emb])
+    return refusal(module, given, module.norm.weight, options)
+
+
+class Seen(NamedTuple):
+    """What a look at all layers has shown, and true until one of them changes (`snapshot.py`).
+
+    Attributes:
+        obstacle: why transformers' own forward has to run, or None.
+        addresses: where a decode step reads its weights; None if one belongs to a module that may compute differently every
+            time, or nobody can know.
+    """
+
+    obstacle: str | None
+    addresses: tuple[int, ...] | None
+
+
+def look_at(module: nn.Module) -> Seen:
+    if torch.compiler.is_compiling():
+        return Seen(_obstacle(module), None)
+    return module.__dict__[SEEN].of(module)
+
+
+def find(module: nn.Module) -> Seen:
+    """Looks at every layer, and lays weights side by side where they are not any more."""
+    for owner, layers in _side_by_side(module):
+        owner.__dict__.setdefault(FUSED, FusedLinear()).prepare(layers)
+    reason = _obstacle(module)
+    return Seen(reason, None if reason else _weight_addresses(module))
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    return obstacle([*(part for layer in module.layers for part in _passed_over(layer)), module.norm, module.rotary_emb])
 
 
 def _passed_over(layer: nn.Module) -> tuple[nn.Module, ...]:
@@ -279,11 +312,11 @@ def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def _segments(lengths_q: list[int], lengths_k: list[int], device: torch.device) -> dict[str, Any]:
     """The varlen attention's arguments. Pairs of empty segments are left out."""
-    pairs = [(0, 0), *(pair for pair in zip(lengths_q, lengths_k, strict=True) if pair != (0, 0))]
+    pairs = [pair for pair in zip(lengths_q, lengths_k, strict=True) if pair != (0, 0)]
     # Rows that begin at multiples of 16 bytes: the kernels that read them are not compiled a second time.
-    bounds = torch.zeros(2, -(-len(pairs) // 4) * 4, dtype=torch.int32, device="cpu")
-    bounds[:, : len(pairs)] = torch.tensor(pairs, dtype=torch.int32, device="cpu").cumsum(0).T
-    bounds = _send(bounds, device)[:, : len(pairs)]
+    room = [0] * (-(len(pairs) + 1) % 4)
+    rows = [[0, *accumulate(lengths), *room] for lengths in (zip(*pairs, strict=True) if pairs else ((), ()))]
+    bounds = _send(torch.tensor(rows, dtype=torch.int32, device="cpu"), device)[:, : len(pairs) + 1]
     return {
         "cu_seqlens_q": bounds[0],
         "cu_seqlens_k": bounds[1],
@@ -308,13 +341,14 @@ def spans_of(attention_mask: torch.Tensor) -> list[tuple[int, int]] | None:
     return spans
 
 
-def _replay(module: nn.Module, embeds: torch.Tensor, layout: TextLayout, cache: Cache | None) -> torch.Tensor | None:
+def _replay(
+    module: nn.Module, seen: Seen, embeds: torch.Tensor, layout: TextLayout, cache: Cache | None
+) -> torch.Tensor | None:
     """The output for one new token per prompt by a CUDA graph; None where there is none."""
     graphs, site = module.__dict__.get(GRAPHS), site_of(module)
-    if graphs is None or layout.numbers is None or embeds.shape[1] != 1 or not graphs.can_capture(embeds.device):
+    if graphs is None or seen.addresses is None or layout.numbers is None or embeds.shape[1] != 1:
         return None
-    weights = _weight_addresses(module)
-    if weights is None:
+    if not graphs.can_capture(embeds.device):
         return None
     batch, backend = embeds.shape[0], site.backend_on(embeds.device)
     storages = [layer.storages for layer in cache.layers]
@@ -327,25 +361,25 @@ def _replay(module: nn.Module, embeds: torch.Tensor, layout: TextLayout, cache: 
         fixed = TextLayout(position_ids, slots=slots[None], cache_seqlens=seqlens, cache_leftpad=leftpad)
         return run_layers(module, embeds, fixed, storages, backend)
 
-    key = (backend, embeds.shape, embeds.dtype, layout.position_ids.dtype, *weights)
+    key = (backend, embeds.shape, embeds.dtype, layout.position_ids.dtype, seen.addresses)
     hidden_states = graphs.run_on_cache(key, cache, (embeds, layout.position_ids, numbers), step, embeds.device)
     if hidden_states is not None:
         site.start(embeds.device, "CUDA graph")
     return hidden_states
 
 
-def _weight_addresses(module: nn.Module) -> list[int] | None:
-    """Where a decode step reads its weights; None if one belongs to a module that may compute differently every time."""
-    addresses = [module.norm.weight.data_ptr(), module.rotary_emb.inv_freq.data_ptr()]
+def _weight_addresses(module: nn.Module) -> tuple[int, ...] | None:
+    """See `Seen`; nothing that the fused code passes over has a hook or an adapter."""
+    weights = [module.norm.weight, module.rotary_emb.inv_freq]
     for layer in module.layers:
         attention, mlp = layer.self_attn, layer.mlp
         linears = [owner._modules[name] for owner, names in ((attention, QKV), (mlp, GATE_UP)) for name in names]
         linears += [attention.o_proj, mlp.down_proj]
-        if not all(is_plain(part) and part._parameters["bias"] is None for part in linears):
+        if not all(is_plain(part) and part.bias is None for part in linears):
             return None
         norms = [layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm]
-        addresses += [part._parameters["weight"].data_ptr() for part in (*linears, *norms)]
-    return addresses
+        weights += [part.weight for part in (*linears, *norms)]
+    return None if any(map(is_fake, weights)) else tuple(weight.data_ptr() for weight in weights)
 
 
 def run_layers(
@@ -359,13 +393,16 @@ def run_layers(
     if backend == "torch":
         # Made once; the kernel makes its angles where it uses them.
         rope = rope_tables(*rope)
-    layers = module.layers[: module.config.num_hidden_layers]
+    config = module.config
+    # Read once: transformers' configurations take their time.
+    heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
+    layers = [*module.layers][: config.num_hidden_layers]
     norms = [layer.input_layernorm for layer in layers[1:]] + [module.norm]
     first = layers[0].input_layernorm
     normed, residual = rms_norm(x, first.weight, first.variance_epsilon, backend=backend), x
     for layer, next_norm in zip(layers, norms, strict=True):
         norm, mlp = layer.post_attention_layernorm, layer.mlp
-        attended = attend(module.config, layer.self_attn, normed, layout, rope, storages, embeds.shape[0], backend)
+        attended = attend(heads, layer.self_attn, normed, layout, rope, storages, embeds.shape[0], backend)
         normed, residual = rms_norm(attended, norm.weight, norm.variance_epsilon, residual, backend=backend)
         x = mlp.down_proj(_gated(mlp, normed, backend))
         normed, residual = rms_norm(x, next_norm.weight, next_norm.variance_epsilon, residual, backend=backend)
@@ -385,7 +422,7 @@ def _gated(mlp: nn.Module, normed: torch.Tensor, backend: str) -> torch.Tensor:
 
 
 def attend(
-    config: Any,
+    heads: tuple[int, int, int],
     attention: nn.Module,
     normed: torch.Tensor,
     layout: TextLayout,
@@ -394,10 +431,12 @@ def attend(
     batch: int,
     backend: str,
 ) -> torch.Tensor:
-    """(T, width) -> (T, width): projections, head norms, rotary embedding, cache, attention, output projection."""
+    """(T, width) -> (T, width): projections, head norms, rotary embedding, cache, attention, output projection.
+
+    `heads` are those of q, k and v.
+    """
     head_dim = attention.head_dim
     qkv = project(attention, QKV, normed)
-    heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
     q, k, v = qkv.view(1, -1, sum(heads), head_dim).split(heads, dim=2)
     norms = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon
     if storages is not None:
@@ -431,17 +470,9 @@ def attend(
 
 def project(module: nn.Module, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
     """The outputs of the named linear layers of `module`, side by side."""
+    layers = [module._modules[name] for name in names]
     fused = module.__dict__.get(FUSED)
-    if fused is None:
-        fused = module.__dict__[FUSED] = FusedLinear()
-    return fused(x, [module._modules[name] for name in names])
-
-
-def fuse_weights(module: nn.Module) -> None:
-    """Lays the weights of all layers of a text model side by side, where that is possible."""
-    for owner, layers in _side_by_side(module):
-        fused = owner.__dict__[FUSED] = FusedLinear()
-        fused.prepare(layers)
+    return torch.cat([layer(x) for layer in layers], dim=-1) if fused is None else fused(x, layers)
 
 
 def release_weights(module: nn.Module) -> None:

@@ -14,10 +14,11 @@ Nine launches a block, and no copy between host and device.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 from transformers.activations import GELUActivation
 
 from llava15_kernels import flash_attn_varlen_func, gelu, layer_norm, patch_merge, vision_rope_2d
@@ -26,12 +27,56 @@ from llava15_kernels.vision_rope import apply_rope_tables, vision_rope_tables
 from .fusing import is_plain
 from .graphs import GRAPHS
 from .modeling import VisionLayout
-from .refusal import refusal
+from .refusal import obstacle, refusal
 from .sites import site_of
+from .snapshot import SEEN
 
 GRAPH_ROWS = 3300
 """Rows up to which the blocks are captured: two images of 560 x 560. Beyond, the device takes longer than the host (a model:
 about 225 launches of 15 us against 2.3 ms for 1601 rows and 15.6 ms for 6401)."""
+
+
+class Seen(NamedTuple):
+    """What a look at the tower has shown, and true until it changes (`snapshot.py`).
+
+    Attributes:
+        embed, encode, merge: why the original of each has to run, or None.
+        addresses: where the blocks read their weights; None if one belongs to a module that may compute differently every
+            time, or nobody can know.
+    """
+
+    embed: str | None
+    encode: str | None
+    merge: str | None
+    addresses: tuple[int, ...] | None
+
+
+def look_at(module: nn.Module) -> Seen:
+    return find(module) if torch.compiler.is_compiling() else module.__dict__[SEEN].of(module)
+
+
+def find(module: nn.Module) -> Seen:
+    blocks, embedding, merger = module.blocks, module.patch_embed, module.merger
+    passed_over = [part for block in blocks for part in (block, block.attn, block.mlp, block.mlp.act, block.norm1, block.norm2)]
+    reason = obstacle([*passed_over, module.rotary_pos_emb])
+    return Seen(
+        embed=obstacle([embedding, embedding.proj, module.pre_layernorm]),
+        encode=reason,
+        merge=obstacle([merger, merger.ln_q]),
+        addresses=None if reason or torch.compiler.is_compiling() else _weight_addresses(module),
+    )
+
+
+def _weight_addresses(module: nn.Module) -> tuple[int, ...] | None:
+    """See `Seen`; nothing that the fused code passes over has a hook or an adapter."""
+    weights = [module.class_pos_emb, module.rotary_pos_emb.inv_freq]
+    for block in module.blocks:
+        linears = [block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2]
+        if not all(map(is_plain, linears)):
+            return None
+        weights += [value for part in (*linears, block.norm1, block.norm2) for value in part._parameters.values()]
+    weights = [weight for weight in weights if weight is not None]
+    return None if any(map(is_fake, weights)) else tuple(weight.data_ptr() for weight in weights)
 
 
 def embed_patches(module: nn.Module, pixel_values: torch.Tensor, layout: VisionLayout) -> torch.Tensor:
@@ -39,7 +84,7 @@ def embed_patches(module: nn.Module, pixel_values: torch.Tensor, layout: VisionL
     site, norm, embedding = site_of(module, "embed_patches"), module.pre_layernorm, module.patch_embed
     weight = embedding.proj.weight
     pixel_values = pixel_values.to(weight.dtype)
-    if reason := refusal(module, pixel_values, weight, {}, [embedding, embedding.proj, norm]):
+    if reason := refusal(module, pixel_values, weight, {}) or look_at(module).embed:
         site.fall_back(reason)
         return type(module).embed_patches(module, pixel_values, layout)
     backend = site.start(pixel_values.device)
@@ -51,36 +96,30 @@ def embed_patches(module: nn.Module, pixel_values: torch.Tensor, layout: VisionL
 
 def encode(module: nn.Module, hidden_states: torch.Tensor, layout: VisionLayout, **kwargs: Any) -> torch.Tensor:
     site = site_of(module, "encode")
-    if reason := _encode_refusal(module, hidden_states, kwargs):
+    if reason := _encode_refusal(module, hidden_states, kwargs) or (seen := look_at(module)).encode:
         site.fall_back(reason)
         return type(module).encode(module, hidden_states, layout, **kwargs)
-    replayed = _replay(module, hidden_states, layout)
+    replayed = _replay(module, seen, hidden_states, layout)
     if replayed is not None:
         return replayed
     backend = site.start(hidden_states.device)
     return run_blocks(module, hidden_states, layout.position_ids, layout.cu_seqlens, layout.max_seqlen, backend)
 
 
-def _replay(module: nn.Module, hidden_states: torch.Tensor, layout: VisionLayout) -> torch.Tensor | None:
+def _replay(module: nn.Module, seen: Seen, hidden_states: torch.Tensor, layout: VisionLayout) -> torch.Tensor | None:
     """The blocks by a CUDA graph, where the host would take longer to launch them than the device to run them."""
     graphs, site, device = module.__dict__.get(GRAPHS), site_of(module, "encode"), hidden_states.device
-    if graphs is None or len(hidden_states) > GRAPH_ROWS or not graphs.can_capture(device):
+    if graphs is None or seen.addresses is None or len(hidden_states) > GRAPH_ROWS or not graphs.can_capture(device):
         return None
     backend = site.backend_on(device)
     if backend == "torch" and device.type == "cuda":  # its attention reads lengths back from the device
         return None
-    linears = [part for block in module.blocks for part in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)]
-    if not all(is_plain(part) for part in linears):
-        return None
-    norms = [part for block in module.blocks for part in (block.norm1, block.norm2)]
-    weights = [value for part in (*linears, *norms) for value in part._parameters.values()]
-    weights += [module.class_pos_emb, module.rotary_pos_emb.inv_freq]
 
     def step(hidden_states: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         return run_blocks(module, hidden_states, position_ids, cu_seqlens, layout.max_seqlen, backend)
 
     # The grids themselves are inputs; the longest segment is a number in the launch.
-    key = (backend, layout.lengths, hidden_states.dtype, *(weight.data_ptr() for weight in weights if weight is not None))
+    key = (backend, layout.lengths, hidden_states.dtype, seen.addresses)
     output = graphs.run(key, (hidden_states, layout.position_ids, layout.cu_seqlens), step, device)
     if output is not None:
         site.start(device, "CUDA graph")
@@ -132,13 +171,12 @@ def _encode_refusal(module: nn.Module, hidden_states: torch.Tensor, options: dic
         return f"no kernel for the activation {config.hidden_act!r}"
     if module.training and config.attention_dropout:
         return "attention dropout is on"
-    passed_over = [part for block in blocks for part in (block, block.attn, block.mlp, block.mlp.act, block.norm1, block.norm2)]
-    return refusal(module, hidden_states, blocks[0].norm1.weight, options, [*passed_over, module.rotary_pos_emb])
+    return refusal(module, hidden_states, blocks[0].norm1.weight, options)
 
 
 def merge_patches(module: nn.Module, hidden_states: torch.Tensor, layout: VisionLayout) -> tuple[torch.Tensor, torch.Tensor]:
     merger, site = module.merger, site_of(module, "merge_patches")
-    if reason := refusal(module, hidden_states, merger.ln_q.weight, {}, [merger, merger.ln_q]):
+    if reason := refusal(module, hidden_states, merger.ln_q.weight, {}) or look_at(module).merge:
         site.fall_back(reason)
         return type(module).merge_patches(module, hidden_states, layout)
     merged = patch_merge(

