@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from llava15_fast import cli
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "assets/scenes_checkpoint"
@@ -24,8 +27,23 @@ def run(*arguments, cwd, interpret=False):
     )
 
 
-def fails(*arguments, cwd, match):
-    result = run(*arguments, cwd=cwd)
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """The command in this process, started from an empty folder: a new process takes seconds to begin."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        capsys.readouterr()
+        try:
+            status = cli.main(arguments)
+        except SystemExit as exit:
+            status = exit.code
+        return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
+
+    return call
+
+
+def fails(result, match):
     assert result.returncode == 2, result
     assert result.stdout == "" and len(result.stderr.splitlines()) == 1, result.stderr
     assert match in result.stderr
@@ -58,46 +76,47 @@ def test_warmup_runs_every_kind_of_request(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16", "1"])
-def test_generate_takes_any_image_pillow_opens(tmp_path, mode):
+def test_generate_takes_any_image_pillow_opens(here, mode):
     image = Image.new("RGB", (300, 200), (200, 30, 30))
     image = Image.new("I;16", (300, 200), 40000) if mode == "I;16" else image.convert(mode)
-    path = tmp_path / f"picture.{'tiff' if mode in ('CMYK', 'I;16') else 'png'}"
+    path = Path(f"picture.{'tiff' if mode in ('CMYK', 'I;16') else 'png'}")
     image.save(path)
-    result = run(*ASK, "--image", path.name, cwd=tmp_path)
+    result = here(*ASK, "--backend", "torch", "--image", path.name)
     assert result.returncode == 0 and result.stdout.strip(), result.stderr
 
 
-def test_mistakes_are_one_line(tmp_path):
+def test_a_mistake_is_one_line(tmp_path):
+    fails(run(*ASK, "--image", "nowhere.png", cwd=tmp_path), "no image file 'nowhere.png'")
+    fails(run(*ASK, "--backend", "triton", cwd=tmp_path), "TRITON_INTERPRET=1")
+
+
+def test_mistakes_are_one_line(here, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     data = SAMPLE.read_bytes()
     (tmp_path / "half.png").write_bytes(data[: len(data) // 2])
-    fails(cwd=tmp_path, match="required")
-    fails("dance", cwd=tmp_path, match="dance")
-    fails(*ASK, "--image", "nowhere.png", cwd=tmp_path, match="no image file 'nowhere.png'")
-    fails(*ASK, "--image", "text.png", cwd=tmp_path, match="cannot read image 'text.png'")
-    fails(*ASK, "--image", "half.png", cwd=tmp_path, match="cannot read image 'half.png'")
-    fails(*ASK, "--max-new-tokens", "0", cwd=tmp_path, match="'0' is not a positive whole number")
-    fails(*ASK, "--backend", "triton", cwd=tmp_path, match="TRITON_INTERPRET=1")
-    fails("generate", "--model", "./nowhere", "--prompt", "x", cwd=tmp_path, match="'./nowhere'")
-    fails("generate", "--model", str(tmp_path), "--prompt", "x", cwd=tmp_path, match="config.json")
+    fails(here(), "required")
+    fails(here("dance"), "dance")
+    fails(here(*ASK, "--image", "text.png"), "cannot read image 'text.png'")
+    fails(here(*ASK, "--image", "half.png"), "cannot read image 'half.png'")
+    fails(here(*ASK, "--max-new-tokens", "0"), "'0' is not a positive whole number")
+    fails(here("generate", "--model", "./nowhere", "--prompt", "x"), "'./nowhere'")
+    fails(here("generate", "--model", str(tmp_path), "--prompt", "x"), "config.json")
 
 
-def test_a_corrupt_checkpoint_is_one_line(tmp_path):
+def test_a_corrupt_checkpoint_is_one_line(here, tmp_path):
     for file in CHECKPOINT.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    fails("generate", "--model", str(tmp_path), "--prompt", "x", cwd=tmp_path, match="model.safetensors is not a complete")
+    fails(here("generate", "--model", str(tmp_path), "--prompt", "x"), "model.safetensors is not a complete")
 
 
-def test_an_incomplete_checkpoint_is_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
-
+def test_an_incomplete_checkpoint_is_refused(here, tmp_path):
     for file in CHECKPOINT.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tensors = {name: value for name, value in load_file(CHECKPOINT / "model.safetensors").items() if "blocks.0" not in name}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    fails("generate", "--model", str(tmp_path), "--prompt", "x", cwd=tmp_path, match="lacks 12 tensors")
+    fails(here("generate", "--model", str(tmp_path), "--prompt", "x"), "lacks 12 tensors")
     (tmp_path / "tokenizer.json").write_text("{")
-    fails("generate", "--model", str(tmp_path), "--prompt", "x", cwd=tmp_path, match="cannot load the tokenizer")
-    fails("generate", "--model", "nowhere", "--prompt", "x", cwd=tmp_path, match="no checkpoint folder 'nowhere'")
+    fails(here("generate", "--model", str(tmp_path), "--prompt", "x"), "cannot load the tokenizer")
+    fails(here("generate", "--model", "nowhere", "--prompt", "x"), "no checkpoint folder 'nowhere'")

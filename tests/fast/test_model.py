@@ -145,19 +145,23 @@ def test_live_names_are_the_originals(tiny):
     assert {name: list(parameter.shape) for name, parameter in tiny.named_parameters()} == expected
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", ["one_image", "two_images", "video", "batch_left_pad"])
+@pytest.mark.parametrize(
+    ("case", "mode"),
+    [
+        *((case, mode) for case in ("one_image", "two_images", "video", "batch_left_pad") for mode in (None, "torch")),
+        ("batch_left_pad", "triton"),  # the pixels are repeated before any kernel runs: it arrives there
+    ],
+)
 def test_images_are_repeated_as_a_whole(tiny, golden, case, mode):
     """Several answers to a prompt that each take the best token are the greedy answer, several times."""
-    if mode == "triton" and case != "batch_left_pad":
-        return  # the pixels are repeated before any kernel runs; one case shows that it arrives there
     inputs, expected, _ = golden[case]
     inputs = {key: value for key, value in inputs.items() if key != "labels"}
     if mode is not None:
         llava15_fast.patch(tiny, mode)
     options = {"max_new_tokens": 12 if mode != "triton" else 2, "eos_token_id": None, "pad_token_id": 0}
-    output = tiny.generate(**inputs, **options, do_sample=True, top_k=1, num_return_sequences=3)
-    wanted = expected["greedy_ids"][:, : options["max_new_tokens"]].repeat_interleave(3, dim=0)
+    times = 3 if mode != "triton" else 2
+    output = tiny.generate(**inputs, **options, do_sample=True, top_k=1, num_return_sequences=times)
+    wanted = expected["greedy_ids"][:, : options["max_new_tokens"]].repeat_interleave(times, dim=0)
     assert torch.equal(output[:, inputs["input_ids"].shape[1] :], wanted)
 
 
@@ -310,7 +314,7 @@ def test_grid_and_pixels_must_match(tiny, golden):
         tiny.model.visual(pixels, grid_thw=torch.tensor([[0, 4, 6]]))
     with pytest.raises(ValueError, match=r"expected \(patches, 588\)"):
         tiny.model.visual(pixels[:, :100], grid_thw=inputs["grid_thw"])
-    with pytest.raises(ValueError, match=r"expected \(images, 3\)"):
+    with pytest.raises(ValueError, match=r"expected a tensor \(images, 3\)"):
         tiny.model.visual(pixels, grid_thw=torch.tensor([1, 4, 6]))
     with pytest.raises(ValueError, match=r"grid_thw has shape \(0, 3\)"):
         tiny.model.visual(pixels[:0], grid_thw=torch.zeros(0, 3, dtype=torch.long))
@@ -481,7 +485,7 @@ def test_text_model_is_qwen3(device, changes, mode):
         if "visual" not in name
     }
     oracle.load_state_dict(weights)
-    input_ids = torch.randint(0, 490, (2, 40))
+    input_ids = torch.randint(0, 490, (2, 17 if mode == "triton" else 40))
     with torch.no_grad():
         expected = oracle(input_ids).logits
         if mode is not None:
