@@ -39,7 +39,7 @@ from rich.progress import track
 import llava15_kernels
 
 from .cases import Case, Checker, Provider, Unavailable, cases, plain
-from .host_time import host_rows
+from .host_time import host_rows, token_row
 from .rows import ROOT, Rows, environment, output_folder
 from .timing import Call, Timing, device_time, graph_time
 
@@ -391,7 +391,13 @@ def host(run: Run) -> Iterator[Item]:
                 f"{dry_mark(run)}"
             )
 
+    def measure_token() -> None:
+        row = token_row(run.device, 2 if run.dry else 40)
+        run.add("host_token", **row)
+        run.rows.log(f"a replayed token of {row['layers']} layers: host {row['token_us']} us{dry_mark(run)}")
+
     yield Item("each public function", measure_host, seconds=5)
+    yield Item("a replayed token", measure_token, seconds=5)
 
 
 @section("graphs")

@@ -9,6 +9,9 @@ On small tensors, each measured in turns with the others:
     validation  public - operator: the checks, the choice of the backend, defaults
     boundary    an operator that only allocates, less the allocation: what being an operator costs
 
+And what a token costs it that a CUDA graph replays: everything between two launches of the graph, in `generate` on a patched
+model of 36 narrow layers, as many as the 4B and the 8B have. The graph itself is a stand-in that launches nothing.
+
 Without a GPU the launches do nothing, so that the operator's part lacks Triton's launch and the share of validation is an upper
 bound; and the times are a CPU's, good for ratios only: to each other, and to `torch.add` in the same run.
 """
@@ -18,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -169,6 +173,55 @@ def host_rows(device: torch.device, dtype: torch.dtype, rounds: int = 30, batch:
             }
 
 
+class NoGraph:
+    """In the place of `graphs.CapturedStep`: nothing is recorded, and nothing launched."""
+
+    new_pool = staticmethod(object)
+
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def capture(self, step: Call, pool: object) -> torch.Tensor:
+        return torch.zeros_like(step())
+
+    def replay(self) -> None:
+        pass
+
+
+LAYERS = 36
+
+
+@torch.inference_mode()
+def token_row(device: torch.device, rounds: int, tokens: int = 64) -> dict[str, Any]:
+    """A replayed token, by the difference between a long and a short answer; the least of all rounds."""
+    # transformers: the kernels are measured without it.
+    import llava15_fast
+    from llava15_fast import graphs
+
+    from .generate import tiny_config
+
+    config = tiny_config()
+    config.text_config.num_hidden_layers = LAYERS
+    config.text_config.layer_types = config.text_config.layer_types[:1] * LAYERS
+    model = llava15_fast.LlavaOnevision1_5ForConditionalGeneration(config).eval().to(device)
+    ids, x = torch.ones(1, 8, dtype=torch.long, device=device), torch.randn(4, 128, device=device)
+
+    def answer(new_tokens: int) -> float:
+        start = time.perf_counter()
+        model.generate(ids, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+        return 1e6 * (time.perf_counter() - start)
+
+    with (
+        mock.patch.object(graphs, "CapturedStep", NoGraph),
+        mock.patch.object(graphs.Graphs, "can_capture", staticmethod(lambda device: True)),
+        llava15_fast.patched(model),
+    ):
+        answer(4)
+        token = min(answer(4 + tokens) - answer(4) for _ in range(max(rounds // 4, 2))) / tokens
+    add = host_times({"add": lambda: torch.add(x, x)}, device, rounds, 50)["add"].p10
+    return {"layers": LAYERS, "token_us": round(token, 1), "token_in_adds": round(token / add)}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Prints a table and writes the JSON. Status 2: it cannot be measured; 130: stopped by hand."""
     parser = argparse.ArgumentParser(
@@ -184,23 +237,30 @@ def main(argv: list[str] | None = None) -> int:
         print("TRITON_INTERPRET is set: the interpreter's cost would be measured.", file=sys.stderr)
         return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows, names = [], functions(device, torch.bfloat16)
+    rows, names, token = [], functions(device, torch.bfloat16), None
     with contextlib.suppress(KeyboardInterrupt):  # what is finished is shown
         work = host_rows(device, torch.bfloat16, arguments.rounds)
         for row in track(work, "timing", total=len(names), console=Console(stderr=True), transient=True):
             rows.append(row)
+        token = token_row(device, arguments.rounds)
     print(f"{'':30} {'in torch.add':>12} {'operator':>9} {'validation':>10} {'of the call':>11} {'boundary':>9}")
     for row in rows:
         print(
             f"{row['kernel']:30} {row['public_in_adds']:12.1f} {row['operator_in_adds']:9.1f} "
             f"{row['validation_in_adds']:10.1f} {row['validation_share']:11.0%} {row['boundary_in_adds']:9.1f}"
         )
+    if token is not None:
+        print(f"a replayed token of {token['layers']} layers, without the graph's launch: {token['token_in_adds']} torch.add")
     if arguments.json:
         if device.type == "cpu":  # ratios only
-            rows = [{key: value for key, value in row.items() if "_us" not in key} for row in rows]
-        document = {**environment(), "launches": "real" if device.type == "cuda" else "stubbed", "rows": rows}
-        write_document(arguments.json, document)
-    return 0 if len(rows) == len(names) else 130
+            rows, token = [without_times(row) for row in rows], token and without_times(token)
+        launches = "real" if device.type == "cuda" else "stubbed"
+        write_document(arguments.json, {**environment(), "launches": launches, "token": token, "rows": rows})
+    return 0 if token is not None else 130
+
+
+def without_times(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if "_us" not in key}
 
 
 if __name__ == "__main__":

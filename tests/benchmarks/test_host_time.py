@@ -24,10 +24,12 @@ def test_command(tmp_path):
     document = json.loads((tmp_path / "rows.json").read_text())
     assert {"torch", "triton", "python", "commit", "rows"} <= document.keys()
     assert all(row["public_in_adds"] > 1 for row in document["rows"])
+    assert document["token"]["layers"] == 36 and document["token"]["token_in_adds"] > 1
     if not torch.cuda.is_available():
         assert document["launches"] == "stubbed" and not any("_us" in key for key in document["rows"][0])
-        committed = json.loads(COMMITTED.read_text())["rows"]
-        assert [row["kernel"] for row in committed] == [row["kernel"] for row in document["rows"]]
+        committed = json.loads(COMMITTED.read_text())
+        assert [row["kernel"] for row in committed["rows"]] == [row["kernel"] for row in document["rows"]]
+        assert committed["token"].keys() == document["token"].keys() == {"layers", "token_in_adds"}
 
 
 def test_the_operator_is_the_one_behind_the_function(device):
