@@ -166,7 +166,8 @@ def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTER[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            if not parameter.do_not_specialize_on_alignment:
+                attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, TensorDescriptor):
             signature[name] = mangle_type(value)
         elif isinstance(value, float):

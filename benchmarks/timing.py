@@ -18,6 +18,7 @@ call, as those of a preceding layer would be, and the call's own last lines stay
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -130,9 +131,13 @@ def graph_time(
             call()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(inner):
-                outputs = call()
+        gc.disable()  # what Python collects may unload a module of kernels, which no capture survives
+        try:
+            with torch.cuda.graph(graph):
+                for _ in range(inner):
+                    outputs = call()
+        finally:
+            gc.enable()
         graph.replay()
         torch.cuda.synchronize()
         check(outputs)

@@ -192,7 +192,8 @@ def decode(
         tokens = tokens.to(device)
         if eos_ids is not None:
             tokens = torch.where(unfinished, tokens, pad_id)
-            unfinished = unfinished & ~torch.isin(tokens, eos_ids)
+            # Not `isin`, which sorts where there are many, and waits for the device.
+            unfinished = unfinished & (tokens[:, None] != eos_ids).all(-1)
         if length == ids.shape[1]:
             ids = torch.cat([ids, torch.empty_like(ids)], dim=1)
         ids[:, length] = tokens

@@ -3,7 +3,7 @@
 A graph remembers addresses: of weights, of storages that it writes to, of its inputs and outputs. So
 
 - inputs are copied into buffers of the graph, and its output is copied out, for callers keep what they are given;
-- a step is captured only when it comes for the second time with the same `key`, and replayed as long as that comes;
+- a step is captured only when it has come before with the same `key`, and replayed as long as that comes;
 - the key holds every address that must not have changed.
 
 `DecodeGraphs` is for decoding: its graphs write to the storages of a cache. When that cache dies, the storages stay with the
@@ -14,13 +14,15 @@ Graphs of one model replay on one stream at a time.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import logging
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers.cache_utils import Cache
@@ -32,9 +34,19 @@ logger = logging.getLogger("llava15_fast")
 GRAPHS = "_llava15_graphs"
 """The attribute of a module that holds its graphs."""
 
+SEEN_KEYS = 64
+"""Steps that are remembered while they wait for being captured."""
+
+T = TypeVar("T")
 Step = Callable[..., torch.Tensor]
 Storages = list[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values of every layer, each (B, capacity, kv_heads, head_dim)."""
+
+
+_capturing = threading.Lock()
+"""A stream captures one graph at a time, and so, in torch 2.11, does a random generator."""
+
+_living: weakref.WeakSet[Graphs] = weakref.WeakSet()
 
 
 class CapturedStep:
@@ -51,16 +63,22 @@ class CapturedStep:
         self.graph = torch.cuda.CUDAGraph()
 
     def capture(self, step: Callable[[], torch.Tensor], pool: Any) -> torch.Tensor:
-        stream = _capture_stream(self.device)
-        torch.cuda.synchronize(self.device)
-        # While capturing, memory that others have left cannot be reclaimed.
-        torch.cuda.empty_cache()
-        with torch.cuda.device(self.device), torch.cuda.stream(stream):
+        with _capturing, without_collection(), torch.cuda.device(self.device), torch.cuda.stream(_capture_stream(self.device)):
             self.graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
-                return step()
-            finally:
+                output = step()
+            except BaseException:
+                # Ends with an error of its own, where the first one has spoilt the capture.
+                with contextlib.suppress(RuntimeError):
+                    self.graph.capture_end()
+                _after_failure(self.device, pool)
+                raise
+            try:
                 self.graph.capture_end()
+            except RuntimeError:
+                _after_failure(self.device, pool)
+                raise
+            return output
 
     def replay(self) -> None:
         self.graph.replay()
@@ -69,6 +87,43 @@ class CapturedStep:
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def without_collection() -> Iterator[None]:
+    """What Python collects may unload a module of kernels, which no capture survives."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _after_failure(device: torch.device, pool: Any) -> None:
+    """A capture that could not be ended leaves the allocator recording and, in torch 2.11, the random generator: nothing
+    random would run any more. Another one, that can be ended, puts that right."""
+    with contextlib.suppress(RuntimeError, AttributeError):
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+    with contextlib.suppress(RuntimeError):
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="thread_local")
+        torch.zeros(1, device=device)
+        graph.capture_end()
+
+
+def with_room(run: Callable[[], T]) -> T:
+    """`run()`; where memory runs out, once more without what the graphs of all models hold: they only save time."""
+    if torch.compiler.is_compiling():
+        return run()
+    try:
+        return run()
+    except torch.OutOfMemoryError:
+        if not any([graphs.clear() for graphs in list(_living)]):
+            raise
+    logger.warning("no memory: CUDA graphs were given up for it")
+    return run()
 
 
 @dataclass
@@ -92,18 +147,25 @@ class Entry:
 
 
 class Graphs:
-    """The last few graphs of one module."""
+    """The last few graphs of one module.
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    Args:
+        limit: how many are kept; the one that was not used for longest goes.
+        patience: how often a step runs launch by launch before it is captured. A capture has to be paid back by replays.
+    """
+
+    def __init__(self, limit: int, patience: int = 1) -> None:
+        self.limit, self.patience = limit, patience
         self.entries: list[Entry] = []
+        self.seen: dict[tuple, int] = {}
         self.lock = threading.RLock()
         self.pool: Any = None
         self.gave_up = False
+        _living.add(self)
 
     def __reduce__(self) -> tuple:
         """A copy or a pickle of the model captures its own."""
-        return type(self), (self.limit,)
+        return type(self), (self.limit, self.patience)
 
     @staticmethod
     def can_capture(device: torch.device) -> bool:
@@ -119,8 +181,12 @@ class Graphs:
         with self.lock:
             entry = self.find(key)
             if entry is None:
-                self.add(Entry(key))
-                return None
+                times = self.seen.pop(key, 0)
+                if times < self.patience:
+                    self.seen = dict([*self.seen.items(), (key, times + 1)][-SEEN_KEYS:])
+                    return None
+                entry = Entry(key)
+                self.add(entry)
             return self.replay(entry, inputs, step, device)
 
     def find(self, key: tuple) -> Entry | None:
@@ -141,16 +207,14 @@ class Graphs:
         return entry.output.clone()
 
     def _capture(self, entry: Entry, inputs: tuple[torch.Tensor, ...], step: Step, device: torch.device) -> bool:
-        # A pool whose last graph is gone must not be captured into again: torch raises, as long as something in it lives.
-        if not any(other.step for other in self.entries):
-            self.pool = CapturedStep.new_pool()
         try:
             # What is captured may be replayed in and out of inference mode.
             with torch.inference_mode(False), torch.no_grad():
                 buffers = tuple(torch.empty(x.shape, dtype=x.dtype, device=device) for x in inputs)
                 _fill(buffers, inputs)
-                captured = CapturedStep(device)
-                entry.output = captured.capture(lambda: step(*buffers), self.pool)
+                # Nothing may be compiled or set up while capturing; and a step can be repeated.
+                step(*buffers)
+                captured, entry.output = self._captured(lambda: step(*buffers), device)
         except torch.OutOfMemoryError:
             entry.failed = True
             logger.warning("no memory to capture a CUDA graph: the step runs without one")
@@ -163,11 +227,29 @@ class Graphs:
         entry.inputs, entry.step = buffers, captured
         return True
 
-    def clear(self) -> None:
-        """Frees the graphs and the storages that only they hold."""
+    def _captured(self, step: Callable[[], torch.Tensor], device: torch.device) -> tuple[CapturedStep, torch.Tensor]:
+        try:
+            return self._record(step, device)
+        except torch.OutOfMemoryError:
+            # While capturing, memory that others have left cannot be reclaimed.
+            torch.cuda.empty_cache()
+        return self._record(step, device)
+
+    def _record(self, step: Callable[[], torch.Tensor], device: torch.device) -> tuple[CapturedStep, torch.Tensor]:
+        # A pool whose last graph is gone must not be captured into again: torch raises, as long as something in it lives.
+        if not any(other.step for other in self.entries):
+            self.pool = CapturedStep.new_pool()
+        captured = CapturedStep(device)
+        return captured, captured.capture(step, self.pool)
+
+    def clear(self) -> bool:
+        """Frees the graphs and the storages that only they hold; whether there were any."""
         with self.lock:
+            held = bool(self.entries)
             self.entries.clear()
+            self.seen.clear()
             self.pool = None
+            return held
 
 
 class DecodeGraphs(Graphs):

@@ -18,6 +18,7 @@ from io import StringIO
 from types import MethodType
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -85,8 +86,12 @@ class Target:
 DECODE_GRAPHS = 2
 """Graphs of the decode step that are kept; each holds the key/value storages of its batch."""
 
-VISION_GRAPHS = 4
-"""Graphs of the vision tower that are kept; each holds the activations of its images."""
+VISION_GRAPHS = 8
+"""Graphs of the vision tower that are kept; each holds the output for its images."""
+
+VISION_PATIENCE = 4
+"""Images of one size before the next is captured: a capture takes the host about as long as several replays save (a model: 225
+launches of 15 us and as long again for the graph itself, against 3 ms)."""
 
 HEAD = ""
 _LAYER = "language_model.layers.*"
@@ -237,9 +242,11 @@ def patch(model: nn.Module, backend: Backend = "auto", *, cuda_graph: bool = Tru
         language_model.__dict__[SEEN] = Remembered(text.find)
         _inner(root).visual.__dict__[SEEN] = Remembered(vision.find)
         text.look_at(language_model)  # lays weights side by side
+        if language_model.norm.weight.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the weights have left
         if cuda_graph:
             language_model.__dict__[GRAPHS] = DecodeGraphs(DECODE_GRAPHS)
-            _inner(root).visual.__dict__[GRAPHS] = Graphs(VISION_GRAPHS)
+            _inner(root).visual.__dict__[GRAPHS] = Graphs(VISION_GRAPHS, VISION_PATIENCE)
     except BaseException:
         unpatch(model)
         raise

@@ -51,12 +51,12 @@ class Site:
         """The original method runs, because of `reason`: counted, and logged the first time."""
         if not torch.compiler.is_compiling():
             self.fallbacks[reason] += 1
-            _log_fallback(self.path or "the model", self.attribute, reason)
+            _log_fallback(".".join(filter(None, (self.path, self.attribute))), reason)
 
 
 @functools.cache
-def _log_fallback(path: str, attribute: str, reason: str) -> None:
-    logger.warning("%s.%s: the original runs (%s)", path, attribute, reason)
+def _log_fallback(method: str, reason: str) -> None:
+    logger.warning("%s: the original runs (%s)", method, reason)
 
 
 def site_of(module: nn.Module, attribute: str = "forward") -> Site:

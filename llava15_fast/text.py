@@ -16,6 +16,7 @@ Ten launches a layer in decoding. `TextLayout` holds where every row belongs and
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -32,7 +33,7 @@ from llava15_kernels.flash_decode import max_rows
 from llava15_kernels.qk_norm_rope import norm_and_rotate, rope_tables, write_rows
 
 from .fusing import FusedLinear, is_plain
-from .graphs import GRAPHS, Storages
+from .graphs import GRAPHS, Storages, with_room
 from .kv_cache import adopt
 from .refusal import inside, obstacle, refusal
 from .sites import site_of
@@ -115,7 +116,8 @@ def text_model_forward(
     hidden_states = _replay(module, seen, embeds, layout, past_key_values)
     if hidden_states is None:
         storages = None if past_key_values is None else [layer.storages for layer in past_key_values.layers]
-        hidden_states = run_layers(module, embeds, layout.on_device(), storages, site.start(embeds.device))
+        run = functools.partial(run_layers, module, embeds, layout.on_device(), storages, site.start(embeds.device))
+        hidden_states = with_room(run)
     if past_key_values is not None:
         for layer in past_key_values.layers:
             layer.advance(embeds.shape[1])
@@ -293,16 +295,13 @@ def _make_room(module: nn.Module, cache: Cache, tokens: int, batch: int, device:
     graphs = module.__dict__.get(GRAPHS)
     if graphs is not None and cache.layers[0].has_to_move(tokens):
         graphs.forget(cache)
-    while True:
-        try:
-            for layer in cache.layers:
-                layer.reserve(tokens, batch, heads, head_dim, dtype, device)
-            return cache.layers[0].storages[0].shape[1]
-        except torch.OutOfMemoryError:
-            if graphs is None or not graphs.entries:
-                raise
-            # They hold the storages of requests that are over.
-            graphs.clear()
+
+    def reserve() -> None:
+        for layer in cache.layers:
+            layer.reserve(tokens, batch, heads, head_dim, dtype, device)
+
+    with_room(reserve)
+    return cache.layers[0].storages[0].shape[1]
 
 
 def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -313,10 +312,8 @@ def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def _segments(lengths_q: list[int], lengths_k: list[int], device: torch.device) -> dict[str, Any]:
     """The varlen attention's arguments. Pairs of empty segments are left out."""
     pairs = [pair for pair in zip(lengths_q, lengths_k, strict=True) if pair != (0, 0)]
-    # Rows that begin at multiples of 16 bytes: the kernels that read them are not compiled a second time.
-    room = [0] * (-(len(pairs) + 1) % 4)
-    rows = [[0, *accumulate(lengths), *room] for lengths in (zip(*pairs, strict=True) if pairs else ((), ()))]
-    bounds = _send(torch.tensor(rows, dtype=torch.int32, device="cpu"), device)[:, : len(pairs) + 1]
+    rows = [[0, *accumulate(lengths)] for lengths in (zip(*pairs, strict=True) if pairs else ((), ()))]
+    bounds = _send(torch.tensor(rows, dtype=torch.int32, device="cpu"), device)
     return {
         "cu_seqlens_q": bounds[0],
         "cu_seqlens_k": bounds[1],
@@ -350,14 +347,12 @@ def _replay(
         return None
     if not graphs.can_capture(embeds.device):
         return None
-    batch, backend = embeds.shape[0], site.backend_on(embeds.device)
+    backend = site.backend_on(embeds.device)
     storages = [layer.storages for layer in cache.layers]
-    # Rows that begin at multiples of 16 bytes: the kernels that read them are not compiled a second time.
-    numbers = torch.zeros(3, -(-batch // 4) * 4, dtype=torch.int32, device="cpu")
-    numbers[:, :batch] = torch.tensor(layout.numbers, device="cpu")
+    numbers = torch.tensor(layout.numbers, dtype=torch.int32, device="cpu")
 
     def step(embeds: torch.Tensor, position_ids: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        slots, seqlens, leftpad = numbers[:, :batch].unbind()
+        slots, seqlens, leftpad = numbers.unbind()
         fixed = TextLayout(position_ids, slots=slots[None], cache_seqlens=seqlens, cache_leftpad=leftpad)
         return run_layers(module, embeds, fixed, storages, backend)
 

@@ -14,6 +14,7 @@ Nine launches a block, and no copy between host and device.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from llava15_kernels import flash_attn_varlen_func, gelu, layer_norm, patch_merg
 from llava15_kernels.vision_rope import apply_rope_tables, vision_rope_tables
 
 from .fusing import is_plain
-from .graphs import GRAPHS
+from .graphs import GRAPHS, with_room
 from .modeling import VisionLayout
 from .refusal import obstacle, refusal
 from .sites import site_of
@@ -103,7 +104,8 @@ def encode(module: nn.Module, hidden_states: torch.Tensor, layout: VisionLayout,
     if replayed is not None:
         return replayed
     backend = site.start(hidden_states.device)
-    return run_blocks(module, hidden_states, layout.position_ids, layout.cu_seqlens, layout.max_seqlen, backend)
+    sizes = layout.position_ids, layout.cu_seqlens, layout.max_seqlen
+    return with_room(functools.partial(run_blocks, module, hidden_states, *sizes, backend))
 
 
 def _replay(module: nn.Module, seen: Seen, hidden_states: torch.Tensor, layout: VisionLayout) -> torch.Tensor | None:

@@ -1,8 +1,8 @@
 """Compiles what a patched model will launch, before the first request has to wait for it.
 
-Triton compiles a kernel for each dtype and head_dim, for each number of runs that decoding splits the cache into, and for
-whether numbers are multiples of 16. The requests here pass through these; their sizes are the variants, not a workload. What is
-compiled stays in Triton's cache on disk (TRITON_CACHE_DIR), for every later process.
+Triton compiles a kernel for each dtype and head_dim, and what decodes for the numbers of runs that the cache is split into,
+up to powers of two. The requests here pass through these; their sizes are the variants, not a workload. What is compiled stays
+in Triton's cache on disk (TRITON_CACHE_DIR), for every later process.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from torch import nn
 
 PROMPTS = (33, 600, 1700, 3500)
 """Prompt lengths whose caches are split into different numbers of runs."""
+
+BATCHES = (2, 16, 32, 64)
+"""Numbers of prompts that leave few runs to each, and at last one."""
 
 GRIDS = ((40, 40), (80, 80))
 """Images of 560 x 560 and 1120 x 1120: with and without a CUDA graph."""
@@ -63,7 +66,8 @@ def _requests(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
         }
         for again in ("", ", again"):
             yield f"an image of {tokens} tokens{again}", {**inputs, **greedy}
-    batch = torch.ones(2, 33, dtype=torch.long, device=device)
-    mask = torch.ones_like(batch)
-    mask[0, :5] = 0
-    yield "two prompts, padded", {"input_ids": batch, "attention_mask": mask, **greedy}
+    for prompts in BATCHES:
+        ids = torch.ones(prompts, 8, dtype=torch.long, device=device)
+        mask = torch.ones_like(ids)
+        mask[0, :5] = 0
+        yield f"{prompts} prompts, padded", {"input_ids": ids, "attention_mask": mask, **greedy}

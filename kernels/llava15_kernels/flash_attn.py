@@ -164,7 +164,7 @@ def _store_rows(out_ptr, acc, running_sum, rows, dims, start_q, len_q, head, str
     tl.store(out_pointers, out.to(out_ptr.dtype.element_ty), mask=(rows < len_q)[:, None] & (dims < HEAD_DIM)[None, :])
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
+@triton.jit(do_not_specialize=["n_blocks"], do_not_specialize_on_alignment=["cu_seqlens_q_ptr", "cu_seqlens_k_ptr"])
 def _flash_attn_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     stride_qs, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh, stride_os, stride_oh,
@@ -208,7 +208,7 @@ def _flash_attn_kernel(
     _store_rows(out_ptr, acc, running_sum, rows, dims, start_q, len_q, head, stride_os, stride_oh, HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
+@triton.jit(do_not_specialize=["n_blocks"], do_not_specialize_on_alignment=["cu_seqlens_q_ptr", "cu_seqlens_k_ptr"])
 def _flash_attn_tiles_kernel(
     q_tiles, k_tiles, v_tiles, out_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, stride_os, stride_oh, n_blocks, softmax_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -46,7 +46,7 @@ def max_rows(head_dim: int, dtype: torch.dtype) -> int:
     return 32 if dtype == torch.float32 and head_dim > 128 else 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_queries", "n_splits"], do_not_specialize_on_alignment=["seqlens_ptr", "leftpad_ptr"])
 def _split_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, seqlens_ptr, leftpad_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
@@ -107,7 +107,7 @@ def _split_kernel(
     tl.store(lse_ptr + split.to(tl.int64) * stride_ls + row, lse, mask=in_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_splits"])
 def _combine_kernel(
     partial_ptr, lse_ptr, out_ptr, stride_ps, stride_ls, n_splits,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr,

@@ -39,7 +39,7 @@ def _add_residual(x_ptr, residual_ptr, sum_ptr, rows, columns, mask, stride_x, s
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr,
     stride_x, stride_residual, n_rows, eps,
@@ -58,7 +58,7 @@ def _rms_norm_kernel(
     tl.store(y_ptr + rows * N + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _layer_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr,
     stride_x, stride_residual, n_rows, eps,

@@ -24,7 +24,7 @@ from .cost import Cost, declares_cost, nbytes
 from .norms import MAX_WIDTH, layer_norm_ref
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_patches", "n_segments"], do_not_specialize_on_alignment=["cu_seqlens_ptr"])
 def _patch_merge_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, cu_seqlens_ptr,
     stride_x, n_patches, n_segments, eps,

@@ -55,7 +55,7 @@ def _norm_rotate_store(
     tl.store(y_pointers + HALF, (second * cos + first * sin).to(y_ptr.dtype.element_ty), mask=mask & writable[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "slots"], do_not_specialize_on_alignment=["position_ptr", "slot_ptr"])
 def _qk_norm_rope_kernel(
     q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, position_ptr, inv_freq_ptr, slot_ptr,
     q_out_ptr, k_out_ptr, v_out_ptr,
@@ -65,10 +65,10 @@ def _qk_norm_rope_kernel(
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, HAS_CACHE: tl.constexpr,
 ):  # fmt: skip
-    # int64 before the first multiplication with a stride.
+    # int64 before the first multiplication with a stride, and after the division, which is several times as long in it.
     token = tl.program_id(0).to(tl.int64)
-    batch = token // length
-    position_in_row = token % length
+    batch = (tl.program_id(0) // length).to(tl.int64)
+    position_in_row = (tl.program_id(0) % length).to(tl.int64)
     group = tl.program_id(1)
     Q_GROUPS: tl.constexpr = (Q_HEADS + BLOCK_H - 1) // BLOCK_H
     KV_GROUPS: tl.constexpr = (KV_HEADS + BLOCK_H - 1) // BLOCK_H

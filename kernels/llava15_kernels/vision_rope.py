@@ -35,7 +35,7 @@ def _rotate(x_ptr, y_ptr, x_offsets, y_offsets, cos, sin, mask, HALF: tl.constex
     tl.store(y_ptr + y_offsets + HALF, (second * cos + first * sin).to(dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _vision_rope_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, position_ptr, inv_freq_ptr, class_ptr,
     stride_qs, stride_qh, stride_ks, stride_kh, n_rows,

@@ -71,7 +71,7 @@ def test_generate_compares(tmp_path):
 def test_warmup_runs_every_kind_of_request(tmp_path):
     result = run("warmup", "--model", str(CHECKPOINT), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert [line.split("s  ")[1].split(",")[0] for line in result.stdout.splitlines()][-2:] == ["two prompts", "in all"]
+    assert [line.split("s  ")[1].split(",")[0] for line in result.stdout.splitlines()][-2:] == ["64 prompts", "in all"]
     assert "original ran instead" in result.stderr and "language_model" in result.stderr
 
 

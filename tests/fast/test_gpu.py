@@ -7,6 +7,7 @@ import torch
 
 import llava15_fast
 from llava15_fast.graphs import GRAPHS
+from llava15_fast.patching import VISION_PATIENCE
 
 pytestmark = pytest.mark.gpu
 
@@ -26,7 +27,7 @@ def replays(handle, path):
 def test_graphs_are_replayed(tiny, prompt):
     expected = tiny.generate(**prompt, **OPTIONS)
     handle = llava15_fast.patch(tiny)
-    found = [tiny.generate(**prompt, **OPTIONS) for _ in range(3)]
+    found = [tiny.generate(**prompt, **OPTIONS) for _ in range(VISION_PATIENCE + 2)]
     assert all(torch.equal(ids, expected) for ids in found)
     assert replays(handle, "language_model") >= 30 and replays(handle, "visual.encode") == 2
 

@@ -1,6 +1,7 @@
 """The decode step as a CUDA graph: what is captured, replayed, kept and given up. Without a GPU a stand-in replays by calling
 the step again on the same buffers, after it has filled the output with NaN."""
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -11,9 +12,10 @@ import torch
 
 import llava15_fast
 from llava15_fast import graphs as graphs_module
+from llava15_fast import text
 from llava15_fast.graphs import GRAPHS, Graphs
 from llava15_fast.kv_cache import _Side
-from llava15_fast.patching import DECODE_GRAPHS
+from llava15_fast.patching import DECODE_GRAPHS, VISION_PATIENCE
 
 OPTIONS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -248,9 +250,78 @@ def test_after_a_capture_that_failed_nothing_is_captured_again(patched, prompts,
         assert torch.equal(found, eager(model, prompts(case), max_new_tokens=6))
 
 
+@pytest.fixture
+def cuda(monkeypatch):
+    """What `CapturedStep` asks of torch.cuda, written down; captures can be made to end with an error."""
+    said = []
+
+    class Graph:
+        spoilt = False
+
+        def capture_begin(self, **options):
+            said.append("begin")
+
+        def capture_end(self):
+            said.append("end")
+            if Graph.spoilt:
+                Graph.spoilt = False
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(graphs_module, "_capture_stream", lambda device: None)
+    Graph.said = said
+    return Graph
+
+
+def test_a_capture_says_what_went_wrong_and_leaves_no_trace(cuda):
+    """torch's error at the end of a spoilt capture is not the one that spoilt it; and its traces go with the next capture."""
+
+    def fail():
+        assert not gc.isenabled()
+        cuda.spoilt = True
+        raise ValueError("the real cause")
+
+    captured = graphs_module.CapturedStep(torch.device("cpu"))
+    with pytest.raises(ValueError, match="the real cause"):
+        captured.capture(fail, None)
+    assert cuda.said == ["begin", "end", "begin", "end"] and gc.isenabled()
+
+    def spoil():
+        cuda.spoilt = True
+        return "output"
+
+    cuda.said.clear()
+    with pytest.raises(RuntimeError, match="previous error"):
+        captured.capture(spoil, None)
+    assert cuda.said == ["begin", "end", "begin", "end"]
+    cuda.said.clear()
+    assert captured.capture(lambda: "output", None) == "output" and cuda.said == ["begin", "end"]
+
+
+def test_graphs_are_given_up_where_memory_runs_out(patched, prompts, monkeypatch, caplog):
+    """A prompt that does not fit beside them is answered, and eager's answer."""
+    model, _ = patched
+    model.generate(**prompts("text"), max_new_tokens=5, **OPTIONS)
+    graphs, run = model.model.language_model.__dict__[GRAPHS], text.run_layers
+    assert graphs.entries
+
+    def full_while_held(*args):
+        if graphs.entries:
+            raise torch.OutOfMemoryError("full")
+        return run(*args)
+
+    monkeypatch.setattr(text, "run_layers", full_while_held)
+    ids = model.generate(**prompts("two_images"), max_new_tokens=1, **OPTIONS)
+    assert "given up" in caplog.text
+    assert torch.equal(ids, eager(model, prompts("two_images"), max_new_tokens=1))
+
+
 def test_a_pool_is_not_used_again_after_its_last_graph(patched, prompts, monkeypatch):
     """Images of new sizes push out the graphs of the old ones, before any of theirs is captured."""
-    monkeypatch.setattr("llava15_fast.patching.VISION_GRAPHS", 2)
+    monkeypatch.setattr("llava15_fast.patching.VISION_GRAPHS", 1)
+    monkeypatch.setattr("llava15_fast.patching.VISION_PATIENCE", 1)
     model, handle = patched
     llava15_fast.unpatch(model)
     handle = llava15_fast.patch(model, "auto" if torch.cuda.is_available() else "torch")
@@ -324,7 +395,7 @@ def features(model, prompt):
 def test_images_of_a_size_that_comes_again(patched, prompts, case):
     model, handle = patched
     prompt = prompts(case)
-    found = [features(model, prompt) for _ in range(4)]
+    found = [features(model, prompt) for _ in range(VISION_PATIENCE + 3)]
     assert replays(handle, "visual.encode") == 3
     other = {**prompt, "pixel_values": prompt["pixel_values"].flip(0)}
     changed = features(model, other)
@@ -339,19 +410,20 @@ def test_one_graph_serves_all_grids_of_the_same_lengths(patched, prompts):
     model, handle = patched
     pixels = torch.randn(24, 588, device=model.device)
     prompt = [{"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, h, 24 // h]], device=model.device)} for h in (4, 6)]
-    found = [features(model, prompt[index]) for index in (0, 1, 0, 1)]
-    assert replays(handle, "visual.encode") == 3
+    features(model, prompt[0])  # seen as often as it takes, by one or the other
+    found = [features(model, prompt[index]) for index in (0, 1, 0, 1, 0, 1)]
+    assert replays(handle, "visual.encode") == 7 - VISION_PATIENCE
     llava15_fast.unpatch(model)
     expected = [features(model, one) for one in prompt]
     assert not torch.allclose(*expected)
-    for output, index in zip(found, (0, 1, 0, 1), strict=True):
+    for output, index in zip(found, (0, 1, 0, 1, 0, 1), strict=True):
         torch.testing.assert_close(output, expected[index], rtol=0, atol=1e-4)
 
 
 def test_large_images_and_changed_weights_run_without_the_old_graph(patched, prompts, monkeypatch):
     model, handle = patched
     prompt = prompts("one_image")
-    for _ in range(3):
+    for _ in range(VISION_PATIENCE + 2):
         features(model, prompt)
     model.load_state_dict({name: value * 1.1 for name, value in model.state_dict().items()}, assign=True)
     found = features(model, prompt)
@@ -362,6 +434,20 @@ def test_large_images_and_changed_weights_run_without_the_old_graph(patched, pro
     assert replays(handle, "visual.encode") == 2
     llava15_fast.unpatch(model)
     torch.testing.assert_close(found, features(model, prompt), rtol=0, atol=1e-4)
+
+
+def test_mixed_sizes_do_not_push_each_other_out(patched):
+    """Each is counted while others come between, and what is captured stays."""
+    model, handle = patched
+
+    def image(h):
+        grid = torch.tensor([[1, h, 2]], device=model.device)
+        return {"pixel_values": torch.ones(2 * h, 588, device=model.device), "image_grid_thw": grid}
+
+    sizes = range(2, 14, 2)
+    for h in [*sizes] * (VISION_PATIENCE + 2):
+        features(model, image(h))
+    assert replays(handle, "visual.encode") == 2 * len(sizes)
 
 
 def test_cropping_does_not_cost_the_graph_its_storages(patched, prompts):
