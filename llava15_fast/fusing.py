@@ -39,9 +39,9 @@ class FusedLinear:
             return nn.functional.linear(x, self.weight)
         return torch.cat([layer(x) for layer in layers], dim=-1)
 
-    def prepare(self, layers: Sequence[nn.Module]) -> None:
-        """Looks whether the fused weight is that of the layers, and makes it if it is not and can be."""
-        possible = not self.gave_up and all(can_fuse(layer) for layer in layers)
+    def prepare(self, layers: Sequence[nn.Module] | None) -> None:
+        """Looks whether the fused weight is that of the layers, and makes it if it is not and can be; None: there is none."""
+        possible = layers is not None and not self.gave_up and all(can_fuse(layer) for layer in layers)
         if possible and not self._is_current(layers):
             self._fuse(layers)
         self.ready = possible and self.weight is not None
@@ -52,7 +52,7 @@ class FusedLinear:
         storage, offset = self.weight.untyped_storage()._cdata, self.weight.storage_offset()
         for layer in layers:
             weight = layer._parameters["weight"]
-            if weight.untyped_storage()._cdata != storage or weight.storage_offset() != offset:
+            if weight.untyped_storage()._cdata != storage or weight.storage_offset() != offset or not weight.is_contiguous():
                 return False
             offset += weight.numel()
         return weight.dtype == self.weight.dtype and offset == self.weight.numel()

@@ -22,8 +22,10 @@ from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, logits_process
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
+from .modeling import LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model
+from .parts import difference, is_replaced
 from .refusal import has_hooks
-from .sites import site_of
+from .sites import SITES, site_of
 from .text import KNOWN_PADDING, LeftPadding, spans_of
 
 LAG = 2
@@ -86,6 +88,8 @@ def generate(
         reason = "an assistant model is given"
     elif kwargs.get("tokenizer") is not None:
         reason = "a tokenizer is given, for stop strings"
+    elif name := next((name for name in PREPARATION if not _is_own(module, name)), None):
+        reason = f"{name} was replaced"
     else:
         reason = _unusual_mode(module, generation_config, kwargs)
     site = site_of(module, "generate")
@@ -106,6 +110,16 @@ def generate(
         custom_generate=custom_generate if reason is not None else decode,
         **kwargs,
     )
+
+
+PREPARATION = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+"""What our loop asks for one step only, knowing what the next one would be."""
+
+
+def _is_own(module: nn.Module, name: str) -> bool:
+    """Whether a method is the one that our class has: PEFT's prompt tuning replaces some, and so may a user."""
+    own = getattr(LlavaOnevision1_5ForConditionalGeneration, name)
+    return getattr(type(module), name) is own and not is_replaced(module, name, name)
 
 
 def _unusual_mode(module: nn.Module, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> str | None:
@@ -279,8 +293,11 @@ def _next_inputs(
 
 def _left_padding(model: nn.Module, model_kwargs: dict[str, Any]) -> LeftPadding | None:
     """The attention mask, read from the device; None if there is none, or if someone else has to see it as a tensor."""
-    mask = model_kwargs.get("attention_mask")
-    heard = any(has_hooks(module) for module in (model, model.model, model.model.language_model))
+    mask, text = model_kwargs.get("attention_mask"), getattr(model.model, "language_model", None)
+    ways = ((model, LlavaOnevision1_5ForConditionalGeneration), (model.model, LlavaOnevision1_5Model))
+    if text is None or SITES not in vars(text) or any(difference("", *way) or is_replaced(way[0]) for way in ways):
+        return None
+    heard = any(has_hooks(module) for module in (model, model.model, text))
     if heard or not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         return None
     spans = spans_of(mask)

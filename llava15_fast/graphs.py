@@ -134,7 +134,7 @@ class Entry:
         key: what must be as it was.
         inputs: buffers at fixed addresses.
         storages: what the graph writes to besides its output; kept alive.
-        owner: the cache layer that uses the storages, if it still lives.
+        owners: the layers of the cache that uses the storages, as far as they still live.
     """
 
     key: tuple
@@ -143,7 +143,12 @@ class Entry:
     step: CapturedStep | None = None
     failed: bool = False
     storages: Storages | None = None
-    owner: weakref.ref[PreallocatedLayer] | None = None
+    owners: tuple[weakref.ref[PreallocatedLayer], ...] = ()
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether the cache is gone, and nobody has kept a layer of it."""
+        return all(owner() is None for owner in self.owners)
 
 
 class Graphs:
@@ -265,35 +270,39 @@ class DecodeGraphs(Graphs):
             entry = self.find(key)
             if entry is None:
                 self.entries = [other for other in self.entries if _can_return(other)]
-                self.add(Entry(key, storages=storages, owner=weakref.ref(cache.layers[0])))
+                self.add(Entry(key, storages=storages, owners=_references(cache)))
                 return None
             return self.replay(entry, inputs, step, device)
 
     def forget(self, cache: Cache) -> None:
         """The storages of `cache` are about to be left: they are not kept beside the new ones."""
         with self.lock:
-            self.entries = [entry for entry in self.entries if entry.owner() is not cache.layers[0]]
+            self.entries = [entry for entry in self.entries if entry.owners[0]() is not cache.layers[0]]
 
     def lend(self, cache: Cache, batch: int, tokens: int, like: torch.Tensor) -> None:
         """Gives an empty cache the storages of one that is gone, if they are of the right size and as `like`."""
         with self.lock:
             for entry in self.entries:
                 keys = entry.storages[0][0]
-                fits = keys.shape[0] == batch and tokens <= keys.shape[1]
+                fits = keys.shape[0] == batch and tokens <= keys.shape[1] and len(entry.storages) == len(cache.layers)
                 fits = fits and not any(hasattr(side, "shown") for pair in entry.storages for side in pair)
-                if fits and entry.owner() is None and (keys.dtype, keys.device) == (like.dtype, like.device):
+                if fits and entry.is_abandoned and (keys.dtype, keys.device) == (like.dtype, like.device):
                     for layer, storages in zip(cache.layers, entry.storages, strict=True):
                         layer.storages = tuple(side.zero_() for side in storages)
                     for other in self.entries:
                         if other.storages[0][0] is keys:
-                            other.owner = weakref.ref(cache.layers[0])
+                            other.owners = _references(cache)
                     return
 
 
 def _can_return(entry: Entry) -> bool:
     """Whether a step can come again: its cache is gone and left its storages, or still uses them."""
-    owner = entry.owner()
-    return owner is None or (owner.is_initialized and owner.storages[0] is entry.storages[0][0])
+    owner = entry.owners[0]()
+    return entry.is_abandoned or (owner is not None and owner.is_initialized and owner.storages[0] is entry.storages[0][0])
+
+
+def _references(cache: Cache) -> tuple[weakref.ref[PreallocatedLayer], ...]:
+    return tuple(weakref.ref(layer) for layer in cache.layers)
 
 
 def _fill(buffers: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> None:

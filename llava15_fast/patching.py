@@ -23,30 +23,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import Qwen3Model
-from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3Attention,
-    Qwen3DecoderLayer,
-    Qwen3MLP,
-    Qwen3RMSNorm,
-    Qwen3RotaryEmbedding,
-)
 
 from llava15_kernels._dispatch import FLOAT_DTYPES, Backend, check_backend
 from llava15_kernels.flash_attn import MAX_HEAD_DIM
 
 from . import generation, text, vision
 from .graphs import GRAPHS, DecodeGraphs, Graphs
-from .modeling import (
-    LlavaOnevision1_5ForConditionalGeneration,
-    LlavaOnevision1_5Model,
-    LlavaOnevision1_5VisionAttention,
-    LlavaOnevision1_5VisionBlock,
-    LlavaOnevision1_5VisionMLP,
-    LlavaOnevision1_5VisionModel,
-    LlavaOnevision1_5VisionPatchEmbed,
-    LlavaOnevision1_5VisionPatchMerger,
-    LlavaOnevision1_5VisionRotaryEmbedding,
-)
+from .modeling import LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model, LlavaOnevision1_5VisionModel
+from .parts import difference, is_replaced, walk
 from .refusal import inside
 from .sites import SITES, Site
 from .snapshot import SEEN, Remembered
@@ -94,8 +78,6 @@ VISION_PATIENCE = 4
 launches of 15 us and as long again for the graph itself, against 3 ms)."""
 
 HEAD = ""
-_LAYER = "language_model.layers.*"
-_BLOCK = "visual.blocks.*"
 
 TARGETS: tuple[Target, ...] = (
     Target(
@@ -151,52 +133,13 @@ TARGETS: tuple[Target, ...] = (
         attribute="generate",
     ),
     # Their work is done inside the replaced methods above.
-    Target("visual.rotary_pos_emb", LlavaOnevision1_5VisionRotaryEmbedding, ("position_ids", "class_pos_emb"), None),
-    Target(_BLOCK, LlavaOnevision1_5VisionBlock, ("hidden_states", "args", "kwargs"), None),
-    Target(
-        f"{_BLOCK}.attn",
-        LlavaOnevision1_5VisionAttention,
-        ("hidden_states", "layout", "position_embeddings", "kwargs"),
-        None,
-    ),
-    Target(f"{_BLOCK}.mlp", LlavaOnevision1_5VisionMLP, ("hidden_states",), None),
-    *(Target(f"{_BLOCK}.{norm}", nn.LayerNorm, ("input",), None) for norm in ("norm1", "norm2")),
-    Target("visual.patch_embed", LlavaOnevision1_5VisionPatchEmbed, ("pixel_values",), None),
-    Target("visual.patch_embed.proj", nn.Conv2d, ("input",), None),
-    Target("visual.pre_layernorm", nn.LayerNorm, ("input",), None),
-    Target("visual.merger", LlavaOnevision1_5VisionPatchMerger, ("hidden_states",), None),
-    Target("visual.merger.ln_q", nn.LayerNorm, ("input",), None),
-    Target(
-        _LAYER,
-        Qwen3DecoderLayer,
-        (
-            "hidden_states",
-            "attention_mask",
-            "position_ids",
-            "past_key_values",
-            "use_cache",
-            "position_embeddings",
-            "kwargs",
-        ),
-        None,
-    ),
-    Target(
-        f"{_LAYER}.self_attn",
-        Qwen3Attention,
-        ("hidden_states", "position_embeddings", "attention_mask", "past_key_values", "kwargs"),
-        None,
-    ),
-    Target(f"{_LAYER}.mlp", Qwen3MLP, ("x",), None),
-    Target("language_model.rotary_emb", Qwen3RotaryEmbedding, ("x", "position_ids"), None),
     *(
-        Target(path, Qwen3RMSNorm, ("hidden_states",), None)
-        for path in (
-            f"{_LAYER}.input_layernorm",
-            f"{_LAYER}.post_attention_layernorm",
-            f"{_LAYER}.self_attn.q_norm",
-            f"{_LAYER}.self_attn.k_norm",
-            "language_model.norm",
+        Target(f"{root}.{part.path}", part.module_class, part.parameters, None)
+        for root, parts in (
+            ("visual", (*vision.EMBED_PARTS, *vision.ENCODE_PARTS, *vision.MERGE_PARTS)),
+            ("language_model", text.PARTS),
         )
+        for part in parts
     ),
 )
 
@@ -398,30 +341,20 @@ def _resolve(root: nn.Module, target: Target) -> list[tuple[str, nn.Module]]:
     Raises:
         PatchError: one is missing, or is not what the target declares.
     """
-    found: list[tuple[str, nn.Module]] = [("", _inner(root))]
     if target.path == HEAD:
         found = [("", root)] if root is not _inner(root) else []
-    for name in target.path.split(".") if target.path else []:
-        children = []
-        for path, module in found:
-            if name == "*":
-                children += [(f"{path}.{index}", child) for index, child in module.named_children()]
-            elif (child := getattr(module, name, None)) is not None:
-                children.append((f"{path}.{name}".lstrip("."), child))
-            else:
-                raise PatchError(f"{path or type(module).__name__} has no {name!r}: the model's structure has changed")
-        found = children
+    else:
+        try:
+            found = list(walk(_inner(root), target.path))
+        except LookupError as error:
+            raise PatchError(f"{error}: the model's structure has changed") from None
     for path, module in found:
         if target.replacement is None:
             # An adapter around it makes the replacement that reads it fall back.
             module = inside(module)
-        if not isinstance(module, target.module_class):
-            raise PatchError(f"{path} is a {type(module).__name__}, expected {target.module_class.__name__}")
+        if reason := difference(path, module, target.module_class, target.attribute):
+            raise PatchError(reason)
         method = getattr(type(module), target.attribute, None)
-        if method is not getattr(target.module_class, target.attribute, None):
-            raise PatchError(
-                f"{path}: {type(module).__name__} has its own {target.attribute}, expected {target.module_class.__name__}'s"
-            )
         parameters = tuple(inspect.signature(method).parameters)[1:] if method else None
         if parameters != target.parameters:
             raise PatchError(
@@ -442,10 +375,11 @@ def _slot(target: Target, module: nn.Module) -> str:
 
 
 def _check_untouched(target: Target, path: str, module: nn.Module) -> None:
-    present = module.__dict__.get(_slot(target, module))
-    is_method = isinstance(present, MethodType) and present.__func__ is getattr(type(module), target.attribute)
-    if present is not None and not is_method and not _is_ours(present):
-        raise PatchError(f"{path}.{target.attribute} was already replaced by {present!r}: undo that before patching")
+    slot = _slot(target, module)
+    if is_replaced(module, slot, target.attribute) and not _is_ours(module.__dict__[slot]):
+        raise PatchError(
+            f"{path}.{target.attribute} was already replaced by {module.__dict__[slot]!r}: undo that before patching"
+        )
 
 
 def _is_ours(value: Any) -> bool:

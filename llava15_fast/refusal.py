@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
 
 from llava15_kernels._dispatch import FLOAT_DTYPES
 
@@ -36,14 +40,24 @@ def refusal(module: nn.Module, x: torch.Tensor, weight: torch.Tensor, options: d
     return None
 
 
-def obstacle(passed_over: Iterable[nn.Module]) -> str | None:
-    """Why the original has to run, as far as the modules say whose `__call__` the fused code does not go through."""
-    passed_over = list(passed_over)
-    if any(has_hooks(child) for child in passed_over):
-        return "a hook sits on a module that the fused code would pass over"
-    if any(child._modules and inside(child) is not child for child in passed_over):
-        return "an adapter sits on a module that the fused code would pass over"
-    return None
+def surroundings() -> str | None:
+    """Why no fused code may run at present, whatever it is asked."""
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        return "a hook listens to all modules"
+    if torch.compiler.is_compiling():
+        return None
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func runs, or a forward gradient is needed"
+    return "torch.jit traces" if torch.jit.is_tracing() else None
+
+
+def attention_refusal(name: str | None) -> str | None:
+    """Why the original has to run with the attention implementation of this name: it is none of transformers', which are all
+    ways to the same."""
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(name or "eager", eager_attention_forward)
+    while isinstance(function, functools.partial):
+        function = function.func
+    return None if function.__module__.startswith("transformers.") else f"the attention {name!r} is the user's own"
 
 
 def inside(module: nn.Module) -> nn.Module:

@@ -21,10 +21,24 @@ T = TypeVar("T")
 SEEN = "_llava15_seen"
 """The attribute of a module that holds what was `Remembered` of it."""
 
+NUMBERS = (
+    "variance_epsilon",
+    "eps",
+    "scaling",
+    "attention_scaling",
+    "attention_dropout",
+    "is_causal",
+    "head_dim",
+    "num_heads",
+    "layer_idx",
+)
+"""Attributes of modules that fused code reads, where a module has them."""
+
 
 class Snapshot:
-    """What can be exchanged in a tree without a word: modules, parameters and buffers, the memory and dtype of the plain ones
-    among them, hooks, and on instances a forward or accelerate's hook.
+    """What can be exchanged in a tree without a word: modules, parameters and buffers under their names; memory, dtype and
+    layout of the plain tensors among them; hooks; forwards of classes; and on instances a forward, accelerate's hook,
+    `NUMBERS`, and whether what has dropout trains.
 
     Modules that have been replaced are kept alive until the next look, tensors are not. A new tensor that has the identity of
     one that is gone, its address and its dtype is the same to everyone who asks here.
@@ -40,6 +54,11 @@ class Snapshot:
         self.hooks = [table for table in hooks if table]
         members = self._members()
         self.identities = _identities(members)
+        self.classes = list({type(module) for module in self.modules})
+        numbered = [(vars(m), name) for m in self.modules for name in NUMBERS if name in vars(m)]
+        numbered += [(vars(m), "training") for m in self.modules if "attention_dropout" in vars(m)]
+        self.numbered = [owner for owner, _ in numbered]
+        self.numbers = [name for _, name in numbered]
         # Fake tensors and those of quantisers have no address of their own.
         self.located = [type(member) in (nn.Parameter, torch.Tensor) for member in members]
         self.state = self._state(members)
@@ -58,7 +77,12 @@ class Snapshot:
         return (
             [*map(torch.Tensor.data_ptr, tensors)],
             [*map(attrgetter("dtype"), tensors)],
+            [*map(torch.Tensor.numel, tensors)],
+            [*map(torch.Tensor.is_contiguous, tensors)],
+            [*chain.from_iterable(self.tables)],
             [*chain.from_iterable(self.hooks)],
+            [*map(attrgetter("forward"), self.classes)],
+            [*map(dict.get, self.numbered, self.numbers)],
             [*map(contains, self.attributes, repeat("forward"))],
             [*map(contains, self.attributes, repeat("_hf_hook"))],
         )

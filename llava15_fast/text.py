@@ -17,6 +17,7 @@ Ten launches a layer in decoding. `TextLayout` holds where every row belongs and
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -25,23 +26,65 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3Attention,
+    Qwen3DecoderLayer,
+    Qwen3MLP,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+)
 
 from llava15_kernels import flash_attn_varlen_func, flash_attn_with_kvcache, qk_norm_rope, rms_norm, silu_and_mul
 from llava15_kernels.flash_decode import max_rows
 from llava15_kernels.qk_norm_rope import norm_and_rotate, rope_tables, write_rows
 
 from .fusing import FusedLinear, is_plain
-from .graphs import GRAPHS, Storages, with_room
+from .graphs import GRAPHS, DecodeGraphs, Storages, with_room
 from .kv_cache import adopt
-from .refusal import inside, obstacle, refusal
+from .parts import Part, activation_obstacle, obstacle
+from .refusal import attention_refusal, inside, refusal, surroundings
 from .sites import site_of
 from .snapshot import SEEN
 
 FUSED = "_llava15_fused"
 QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = ("gate_proj", "up_proj")
+
+
+SILU = {nn.SiLU, type(ACT2FN["silu"])}
+
+_NORM = ("hidden_states",)
+PARTS = (
+    Part("norm", Qwen3RMSNorm, _NORM),
+    Part("rotary_emb", Qwen3RotaryEmbedding, ("x", "position_ids")),
+    Part(
+        "layers.*",
+        Qwen3DecoderLayer,
+        (
+            "hidden_states",
+            "attention_mask",
+            "position_ids",
+            "past_key_values",
+            "use_cache",
+            "position_embeddings",
+            "kwargs",
+        ),
+    ),
+    Part("layers.*.input_layernorm", Qwen3RMSNorm, _NORM),
+    Part("layers.*.post_attention_layernorm", Qwen3RMSNorm, _NORM),
+    Part(
+        "layers.*.self_attn",
+        Qwen3Attention,
+        ("hidden_states", "position_embeddings", "attention_mask", "past_key_values", "kwargs"),
+    ),
+    Part("layers.*.self_attn.q_norm", Qwen3RMSNorm, _NORM),
+    Part("layers.*.self_attn.k_norm", Qwen3RMSNorm, _NORM),
+    Part("layers.*.mlp", Qwen3MLP, ("x",)),
+)
+"""What the fused code stands for; those above come first."""
 
 
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")
@@ -87,14 +130,17 @@ def text_model_forward(
     site = site_of(module)
     padding = inputs.pop(KNOWN_PADDING, None)
     if isinstance(attention_mask, LeftPadding):
-        padding, inputs["attention_mask"] = attention_mask, attention_mask.mask(module.norm.weight.device)
+        padding, inputs["attention_mask"] = attention_mask, attention_mask.mask(module.device)
+    if reason := surroundings() or (seen := look_at(module)).obstacle:
+        site.fall_back(reason)
+        return type(module).forward(module, **inputs)
     given = input_ids if inputs_embeds is None else inputs_embeds
     if (input_ids is None) == (inputs_embeds is None):
         return type(module).forward(module, **inputs)  # raises
     if given.shape[2:] != (() if inputs_embeds is None else module.norm.weight.shape) or given.ndim < 2:
         site.fall_back("the input is not one token or one row per position")
         return type(module).forward(module, **inputs)
-    if reason := _text_refusal(module, given, kwargs) or (seen := look_at(module)).obstacle:
+    if reason := _text_refusal(module, given, kwargs):
         site.fall_back(reason)
         return type(module).forward(module, **inputs)
 
@@ -105,8 +151,9 @@ def text_model_forward(
     if past_key_values is not None and not adopt(past_key_values, module.config.num_hidden_layers):
         site.fall_back(f"the cache is a {type(past_key_values).__name__} of its own kind")
         return type(module).forward(module, **inputs)
-    if past_key_values is not None and not past_key_values.layers[0].is_initialized and GRAPHS in module.__dict__:
-        module.__dict__[GRAPHS].lend(past_key_values, *given.shape[:2], module.norm.weight)
+    graphs = _graphs(module)
+    if past_key_values is not None and graphs is not None and not past_key_values.layers[0].is_initialized:
+        graphs.lend(past_key_values, *given.shape[:2], module.norm.weight)
     layout = TextLayout.of(module, given, padding or attention_mask, position_ids, past_key_values, goes_on)
     if isinstance(layout, str):
         site.fall_back(layout)
@@ -126,16 +173,12 @@ def text_model_forward(
 
 def _text_refusal(module: nn.Module, given: torch.Tensor, options: dict[str, Any]) -> str | None:
     """Why transformers' own forward has to run, as far as configuration and options say; None if the kernels can."""
-    config = module.config
-    if module.training and config.attention_dropout:
-        return "attention dropout is on"
     if module.has_sliding_layers or options.get("is_causal") is False:
         return "the attention is not plainly causal"
-    if config.hidden_act != "silu":
-        return f"no kernel for the activation {config.hidden_act!r}"
     if module.rotary_emb.rope_type not in STATIC_ROPE:
         return f"no kernel for the rotary embedding {module.rotary_emb.rope_type!r}"
-    return refusal(module, given, module.norm.weight, options)
+    own = attention_refusal(module.config._attn_implementation)
+    return own or refusal(module, given, module.norm.weight, options)
 
 
 class Seen(NamedTuple):
@@ -143,12 +186,12 @@ class Seen(NamedTuple):
 
     Attributes:
         obstacle: why transformers' own forward has to run, or None.
-        addresses: where a decode step reads its weights; None if one belongs to a module that may compute differently every
-            time, or nobody can know.
+        fixed: what a captured decode step has fixed: addresses of weights, and numbers; None if a linear layer may compute
+            differently every time, or nobody can know.
     """
 
     obstacle: str | None
-    addresses: tuple[int, ...] | None
+    fixed: tuple[float, ...] | None
 
 
 def look_at(module: nn.Module) -> Seen:
@@ -159,21 +202,47 @@ def look_at(module: nn.Module) -> Seen:
 
 def find(module: nn.Module) -> Seen:
     """Looks at every layer, and lays weights side by side where they are not any more."""
-    for owner, layers in _side_by_side(module):
-        owner.__dict__.setdefault(FUSED, FusedLinear()).prepare(layers)
+    groups = list(_side_by_side(module))
+    # A weight in two places cannot be a part of two products.
+    users = Counter(id(weight) for part in module.modules() for weight in part._parameters.values())
+    users += Counter(id(layer._parameters.get("weight")) for _, layers in groups for layer in layers)
+    for owner, layers in groups:
+        alone = all(users[id(layer._parameters.get("weight"))] == 2 for layer in layers)
+        owner.__dict__.setdefault(FUSED, FusedLinear()).prepare(layers if alone else None)
     reason = _obstacle(module)
-    return Seen(reason, None if reason else _weight_addresses(module))
+    return Seen(reason, None if reason else _fixed(module))
 
 
 def _obstacle(module: nn.Module) -> str | None:
-    return obstacle([*(part for layer in module.layers for part in _passed_over(layer)), module.norm, module.rotary_emb])
+    if reason := obstacle(module, PARTS):
+        return reason
+    for layer in module.layers:
+        attention = layer.self_attn
+        if reason := activation_obstacle(layer.mlp.act_fn, SILU):
+            return reason
+        if attention.training and attention.attention_dropout:
+            return "attention dropout is on"
+        if not attention.is_causal:
+            return "the attention is not plainly causal"
+        if attention.q_norm.variance_epsilon != attention.k_norm.variance_epsilon:
+            return "no kernel for norms of queries and keys that differ in their epsilon"
+    return None
 
 
-def _passed_over(layer: nn.Module) -> tuple[nn.Module, ...]:
-    """The modules of a layer whose `__call__` the fused code does not go through."""
-    attention, mlp = layer.self_attn, layer.mlp
-    norms = layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm
-    return layer, attention, mlp, mlp.act_fn, *norms
+def _fixed(module: nn.Module) -> tuple[float, ...] | None:
+    """See `Seen`; every part is what it should be."""
+    weights, numbers = [module.norm.weight, module.rotary_emb.inv_freq], [module.rotary_emb.attention_scaling]
+    for layer in module.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        linears = [owner._modules[name] for owner, names in ((attention, QKV), (mlp, GATE_UP)) for name in names]
+        linears += [attention.o_proj, mlp.down_proj]
+        if not all(is_plain(part) and part.bias is None for part in linears):
+            return None
+        norms = [layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm]
+        weights += [part.weight for part in (*linears, *norms)]
+        numbers += [attention.scaling, *(norm.variance_epsilon for norm in norms)]
+    numbers.append(module.norm.variance_epsilon)
+    return None if any(map(is_fake, weights)) else (*(weight.data_ptr() for weight in weights), *numbers)
 
 
 @dataclass(frozen=True)
@@ -275,8 +344,17 @@ class TextLayout:
         capacity = _make_room(module, cache, total, batch, device)
         group = module.config.num_attention_heads // module.config.num_key_value_heads
         if full and past and length * group <= max_rows(module.config.head_dim, module.norm.weight.dtype):
+            starts = [start for start, _ in spans]
+            if torch.compiler.is_compiling():
+                # Numbers of the host would be constants of the graph, and every token another graph.
+                counted: dict[str, Any] = {"dtype": torch.int32, "device": device}
+                tokens = torch.arange(batch, **counted)[:, None] * capacity + torch.arange(past, total, **counted)
+                ends = torch.full((batch,), total, **counted)
+                return cls(
+                    position_ids, slots=tokens.view(1, -1), cache_seqlens=ends, cache_leftpad=torch.tensor(starts, **counted)
+                )
             slots = [b * capacity + token for b in range(batch) for token in range(past, total)]
-            return cls(position_ids, numbers=[slots, [end for _, end in spans], [start for start, _ in spans]])
+            return cls(position_ids, numbers=[slots, [total] * batch, starts])
         slots = indices(starts_at, ends_at, capacity)[None]
         # The cache's rows are cut into segments too: what lies between the prompts is nobody's, and no query sees it.
         lengths_q, lengths_k, covered = [], [], 0
@@ -292,7 +370,7 @@ def _make_room(module: nn.Module, cache: Cache, tokens: int, batch: int, device:
     """Room for `tokens` in all layers; returns the capacity."""
     # Read once: that takes longer than looking at a layer's storages.
     heads, head_dim, dtype = module.config.num_key_value_heads, module.config.head_dim, module.norm.weight.dtype
-    graphs = module.__dict__.get(GRAPHS)
+    graphs = _graphs(module)
     if graphs is not None and cache.layers[0].has_to_move(tokens):
         graphs.forget(cache)
 
@@ -338,12 +416,17 @@ def spans_of(attention_mask: torch.Tensor) -> list[tuple[int, int]] | None:
     return spans
 
 
+def _graphs(module: nn.Module) -> DecodeGraphs | None:
+    """torch.compile captures by itself."""
+    return None if torch.compiler.is_compiling() else module.__dict__.get(GRAPHS)
+
+
 def _replay(
     module: nn.Module, seen: Seen, embeds: torch.Tensor, layout: TextLayout, cache: Cache | None
 ) -> torch.Tensor | None:
     """The output for one new token per prompt by a CUDA graph; None where there is none."""
-    graphs, site = module.__dict__.get(GRAPHS), site_of(module)
-    if graphs is None or seen.addresses is None or layout.numbers is None or embeds.shape[1] != 1:
+    graphs, site = _graphs(module), site_of(module)
+    if graphs is None or seen.fixed is None or layout.numbers is None or embeds.shape[1] != 1:
         return None
     if not graphs.can_capture(embeds.device):
         return None
@@ -356,25 +439,11 @@ def _replay(
         fixed = TextLayout(position_ids, slots=slots[None], cache_seqlens=seqlens, cache_leftpad=leftpad)
         return run_layers(module, embeds, fixed, storages, backend)
 
-    key = (backend, embeds.shape, embeds.dtype, layout.position_ids.dtype, seen.addresses)
+    key = (backend, embeds.shape, embeds.dtype, layout.position_ids.dtype, seen.fixed)
     hidden_states = graphs.run_on_cache(key, cache, (embeds, layout.position_ids, numbers), step, embeds.device)
     if hidden_states is not None:
         site.start(embeds.device, "CUDA graph")
     return hidden_states
-
-
-def _weight_addresses(module: nn.Module) -> tuple[int, ...] | None:
-    """See `Seen`; nothing that the fused code passes over has a hook or an adapter."""
-    weights = [module.norm.weight, module.rotary_emb.inv_freq]
-    for layer in module.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        linears = [owner._modules[name] for owner, names in ((attention, QKV), (mlp, GATE_UP)) for name in names]
-        linears += [attention.o_proj, mlp.down_proj]
-        if not all(is_plain(part) and part.bias is None for part in linears):
-            return None
-        norms = [layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm]
-        weights += [part.weight for part in (*linears, *norms)]
-    return None if any(map(is_fake, weights)) else tuple(weight.data_ptr() for weight in weights)
 
 
 def run_layers(

@@ -20,15 +20,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
-from transformers.activations import GELUActivation
+from transformers.activations import ACT2FN
 
 from llava15_kernels import flash_attn_varlen_func, gelu, layer_norm, patch_merge, vision_rope_2d
 from llava15_kernels.vision_rope import apply_rope_tables, vision_rope_tables
 
 from .fusing import is_plain
 from .graphs import GRAPHS, with_room
-from .modeling import VisionLayout
-from .refusal import obstacle, refusal
+from .modeling import (
+    LlavaOnevision1_5VisionAttention,
+    LlavaOnevision1_5VisionBlock,
+    LlavaOnevision1_5VisionMLP,
+    LlavaOnevision1_5VisionPatchEmbed,
+    LlavaOnevision1_5VisionPatchMerger,
+    LlavaOnevision1_5VisionRotaryEmbedding,
+    VisionLayout,
+)
+from .parts import Part, activation_obstacle, obstacle
+from .refusal import attention_refusal, refusal, surroundings
 from .sites import site_of
 from .snapshot import SEEN
 
@@ -37,19 +46,45 @@ GRAPH_ROWS = 3300
 about 225 launches of 15 us against 2.3 ms for 1601 rows and 15.6 ms for 6401)."""
 
 
+GELU = {nn.GELU, type(ACT2FN["gelu"])}
+
+EMBED_PARTS = (
+    Part("patch_embed", LlavaOnevision1_5VisionPatchEmbed, ("pixel_values",)),
+    Part("patch_embed.proj", nn.Conv2d, ("input",)),
+    Part("pre_layernorm", nn.LayerNorm, ("input",)),
+)
+ENCODE_PARTS = (
+    Part("rotary_pos_emb", LlavaOnevision1_5VisionRotaryEmbedding, ("position_ids", "class_pos_emb")),
+    Part("blocks.*", LlavaOnevision1_5VisionBlock, ("hidden_states", "args", "kwargs")),
+    Part("blocks.*.norm1", nn.LayerNorm, ("input",)),
+    Part("blocks.*.norm2", nn.LayerNorm, ("input",)),
+    Part(
+        "blocks.*.attn",
+        LlavaOnevision1_5VisionAttention,
+        ("hidden_states", "layout", "position_embeddings", "kwargs"),
+    ),
+    Part("blocks.*.mlp", LlavaOnevision1_5VisionMLP, ("hidden_states",)),
+)
+MERGE_PARTS = (
+    Part("merger", LlavaOnevision1_5VisionPatchMerger, ("hidden_states",)),
+    Part("merger.ln_q", nn.LayerNorm, ("input",)),
+)
+"""What the fused code stands for; those above come first."""
+
+
 class Seen(NamedTuple):
     """What a look at the tower has shown, and true until it changes (`snapshot.py`).
 
     Attributes:
         embed, encode, merge: why the original of each has to run, or None.
-        addresses: where the blocks read their weights; None if one belongs to a module that may compute differently every
-            time, or nobody can know.
+        fixed: what captured blocks have fixed: addresses of weights, and numbers; None if a linear layer may compute
+            differently every time, or nobody can know.
     """
 
     embed: str | None
     encode: str | None
     merge: str | None
-    addresses: tuple[int, ...] | None
+    fixed: tuple[float, ...] | None
 
 
 def look_at(module: nn.Module) -> Seen:
@@ -57,35 +92,46 @@ def look_at(module: nn.Module) -> Seen:
 
 
 def find(module: nn.Module) -> Seen:
-    blocks, embedding, merger = module.blocks, module.patch_embed, module.merger
-    passed_over = [part for block in blocks for part in (block, block.attn, block.mlp, block.mlp.act, block.norm1, block.norm2)]
-    reason = obstacle([*passed_over, module.rotary_pos_emb])
+    reason = obstacle(module, ENCODE_PARTS) or _peculiarity(module)
     return Seen(
-        embed=obstacle([embedding, embedding.proj, module.pre_layernorm]),
+        embed=obstacle(module, EMBED_PARTS),
         encode=reason,
-        merge=obstacle([merger, merger.ln_q]),
-        addresses=None if reason or torch.compiler.is_compiling() else _weight_addresses(module),
+        merge=obstacle(module, MERGE_PARTS),
+        fixed=None if reason or torch.compiler.is_compiling() else _fixed(module),
     )
 
 
-def _weight_addresses(module: nn.Module) -> tuple[int, ...] | None:
-    """See `Seen`; nothing that the fused code passes over has a hook or an adapter."""
-    weights = [module.class_pos_emb, module.rotary_pos_emb.inv_freq]
+def _peculiarity(module: nn.Module) -> str | None:
+    for block in module.blocks:
+        if reason := activation_obstacle(block.mlp.act, GELU):
+            return reason
+        if block.attn.training and block.attn.attention_dropout:
+            return "attention dropout is on"
+    return None
+
+
+def _fixed(module: nn.Module) -> tuple[float, ...] | None:
+    """See `Seen`; every part is what it should be."""
+    weights, numbers = [module.class_pos_emb, module.rotary_pos_emb.inv_freq], []
     for block in module.blocks:
         linears = [block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2]
         if not all(map(is_plain, linears)):
             return None
         weights += [value for part in (*linears, block.norm1, block.norm2) for value in part._parameters.values()]
+        numbers += [block.attn.scaling, block.norm1.eps, block.norm2.eps]
     weights = [weight for weight in weights if weight is not None]
-    return None if any(map(is_fake, weights)) else tuple(weight.data_ptr() for weight in weights)
+    return None if any(map(is_fake, weights)) else (*(weight.data_ptr() for weight in weights), *numbers)
 
 
 def embed_patches(module: nn.Module, pixel_values: torch.Tensor, layout: VisionLayout) -> torch.Tensor:
     """The convolution sees one patch at a time: a matrix product, several times faster as one."""
     site, norm, embedding = site_of(module, "embed_patches"), module.pre_layernorm, module.patch_embed
-    weight = embedding.proj.weight
-    pixel_values = pixel_values.to(weight.dtype)
-    if reason := refusal(module, pixel_values, weight, {}) or look_at(module).embed:
+    reason = surroundings() or look_at(module).embed
+    if reason is None:
+        weight = embedding.proj.weight
+        pixel_values = pixel_values.to(weight.dtype)
+        reason = refusal(module, pixel_values, weight, {})
+    if reason is not None:
         site.fall_back(reason)
         return type(module).embed_patches(module, pixel_values, layout)
     backend = site.start(pixel_values.device)
@@ -97,7 +143,7 @@ def embed_patches(module: nn.Module, pixel_values: torch.Tensor, layout: VisionL
 
 def encode(module: nn.Module, hidden_states: torch.Tensor, layout: VisionLayout, **kwargs: Any) -> torch.Tensor:
     site = site_of(module, "encode")
-    if reason := _encode_refusal(module, hidden_states, kwargs) or (seen := look_at(module)).encode:
+    if reason := surroundings() or (seen := look_at(module)).encode or _encode_refusal(module, hidden_states, kwargs):
         site.fall_back(reason)
         return type(module).encode(module, hidden_states, layout, **kwargs)
     replayed = _replay(module, seen, hidden_states, layout)
@@ -111,7 +157,7 @@ def encode(module: nn.Module, hidden_states: torch.Tensor, layout: VisionLayout,
 def _replay(module: nn.Module, seen: Seen, hidden_states: torch.Tensor, layout: VisionLayout) -> torch.Tensor | None:
     """The blocks by a CUDA graph, where the host would take longer to launch them than the device to run them."""
     graphs, site, device = module.__dict__.get(GRAPHS), site_of(module, "encode"), hidden_states.device
-    if graphs is None or seen.addresses is None or len(hidden_states) > GRAPH_ROWS or not graphs.can_capture(device):
+    if graphs is None or seen.fixed is None or len(hidden_states) > GRAPH_ROWS or not graphs.can_capture(device):
         return None
     backend = site.backend_on(device)
     if backend == "torch" and device.type == "cuda":  # its attention reads lengths back from the device
@@ -121,7 +167,7 @@ def _replay(module: nn.Module, seen: Seen, hidden_states: torch.Tensor, layout: 
         return run_blocks(module, hidden_states, position_ids, cu_seqlens, layout.max_seqlen, backend)
 
     # The grids themselves are inputs; the longest segment is a number in the launch.
-    key = (backend, layout.lengths, hidden_states.dtype, seen.addresses)
+    key = (backend, layout.lengths, hidden_states.dtype, seen.fixed)
     output = graphs.run(key, (hidden_states, layout.position_ids, layout.cu_seqlens), step, device)
     if output is not None:
         site.start(device, "CUDA graph")
@@ -167,18 +213,15 @@ def run_blocks(
 
 
 def _encode_refusal(module: nn.Module, hidden_states: torch.Tensor, options: dict[str, Any]) -> str | None:
-    """Why the original has to run; None if the kernels can."""
-    blocks, config = module.blocks, module.config
-    if not isinstance(blocks[0].mlp.act, nn.GELU | GELUActivation) or config.hidden_act != "gelu":
-        return f"no kernel for the activation {config.hidden_act!r}"
-    if module.training and config.attention_dropout:
-        return "attention dropout is on"
-    return refusal(module, hidden_states, blocks[0].norm1.weight, options)
+    """Why the original has to run, as far as configuration and options say; None if the kernels can."""
+    own = attention_refusal(module.config._attn_implementation)
+    return own or refusal(module, hidden_states, module.blocks[0].norm1.weight, options)
 
 
 def merge_patches(module: nn.Module, hidden_states: torch.Tensor, layout: VisionLayout) -> tuple[torch.Tensor, torch.Tensor]:
     merger, site = module.merger, site_of(module, "merge_patches")
-    if reason := refusal(module, hidden_states, merger.ln_q.weight, {}) or look_at(module).merge:
+    reason = surroundings() or look_at(module).merge
+    if reason := reason or refusal(module, hidden_states, merger.ln_q.weight, {}):
         site.fall_back(reason)
         return type(module).merge_patches(module, hidden_states, layout)
     merged = patch_merge(

@@ -58,3 +58,14 @@ def test_a_users_own_compile_of_the_whole_model(patched, golden):
     expected = patched.generate(**inputs, **options)
     patched.forward = torch.compile(patched.forward, backend="eager")
     assert torch.equal(patched.generate(**inputs, **options), expected)
+
+
+def test_decoding_with_a_cache_compiles_once_for_all_lengths(patched, golden):
+    """A prompt, a token, a token at any length; no graph breaks."""
+    ids, text = golden["text"][0]["input_ids"][:, :4], patched.model.language_model
+    text.layers, text.config.num_hidden_layers, text.config.layer_types = text.layers[:1], 1, text.config.layer_types[:1]
+    options = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = patched.generate(ids, **options)
+    patched.forward, counter = compiled(patched.forward)
+    assert torch.equal(patched.generate(ids, **options), expected)
+    assert counter.frame_count <= 3

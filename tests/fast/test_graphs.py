@@ -1,14 +1,17 @@
-"""The decode step as a CUDA graph: what is captured, replayed, kept and given up. Without a GPU a stand-in replays by calling
-the step again on the same buffers, after it has filled the output with NaN."""
+"""The decode step as a CUDA graph: what is captured, replayed, kept and given up. Without a GPU a stand-in records operators
+and calls them again."""
 
 import contextlib
 import copy
 import gc
 import pickle
+import threading
 import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import llava15_fast
 from llava15_fast import graphs as graphs_module
@@ -16,6 +19,7 @@ from llava15_fast import text
 from llava15_fast.graphs import GRAPHS, Graphs
 from llava15_fast.kv_cache import _Side
 from llava15_fast.patching import DECODE_GRAPHS, VISION_PATIENCE
+from llava15_kernels import flash_decode
 
 OPTIONS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -30,8 +34,26 @@ class Pool:
         self.users -= 1
 
 
+class Recorder(TorchDispatchMode):
+    """Operators as they are called, with the tensors and numbers that they are given."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        output = operator(*args, **(kwargs or {}))
+        self.calls.append((operator, args, kwargs or {}, output))
+        return output
+
+
+def tensors(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
 class Replayed:
-    """What `CapturedStep` does, without a graph: nothing is computed while capturing."""
+    """What `CapturedStep` does, without a GPU: replaying calls the recorded operators, on the memory and with the numbers that
+    they had, and asks no module for anything."""
 
     captured = 0
     new_pool = Pool
@@ -44,18 +66,30 @@ class Replayed:
         pool.users, pool.used = pool.users + 1, True
         weakref.finalize(self, pool.leave)
         type(self).captured += 1
-        self.step = step
-        self.output = torch.full_like(step(), float("nan"))
-        return self.output
+        with Recorder() as recorder:
+            self.output = step()
+        self.calls = recorder.calls
+        return self.output.fill_(float("nan"))  # nothing is computed while capturing
 
+    @torch.no_grad()
     def replay(self):
-        self.output.copy_(self.step())
+        for operator, args, kwargs, output in self.calls:
+            given = {tensor.untyped_storage()._cdata for tensor in tensors((args, kwargs))}
+            made = tensors(output)
+            if all(tensor.untyped_storage()._cdata in given for tensor in made):
+                if operator._schema.is_mutable:
+                    operator(*args, **kwargs)
+                continue  # a view sees what its base sees
+            for old, new in zip(made, tensors(operator(*args, **kwargs)), strict=True):
+                old.copy_(new)
 
 
 @pytest.fixture
 def patched(tiny, monkeypatch):
     if not torch.cuda.is_available():
         monkeypatch.setattr(graphs_module, "CapturedStep", Replayed)
+        # Reads no lengths, as the kernel.
+        monkeypatch.setattr(flash_decode, "flash_attn_with_kvcache_sdpa", flash_decode.flash_attn_with_kvcache_ref)
         monkeypatch.setattr(Graphs, "can_capture", staticmethod(lambda device: not torch.compiler.is_compiling()))
     Replayed.captured = 0
     handle = llava15_fast.patch(tiny, "auto" if torch.cuda.is_available() else "torch")
@@ -121,6 +155,7 @@ def test_a_cache_that_is_still_used_keeps_its_storages(patched, prompts):
     assert len(addresses) == 2 * len(kept)
     continued = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=5, **OPTIONS)
     assert torch.equal(continued, eager(model, {"inputs": first.sequences}, max_new_tokens=5))
+    assert torch.equal(second.sequences, eager(model, prompts("one_image"), max_new_tokens=5))
 
 
 def test_outputs_are_the_callers(patched, prompts):
@@ -162,6 +197,110 @@ def test_weights_changed_in_place_are_used_by_the_graph(patched, prompts):
     if not torch.cuda.is_available():
         assert Replayed.captured == 1
     assert torch.equal(ids, eager(model, prompts("text"), max_new_tokens=6))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text, visual: [setattr(layer.input_layernorm, "variance_epsilon", 1.0) for layer in text.layers],
+        lambda text, visual: setattr(text.norm, "variance_epsilon", 1.0),
+        lambda text, visual: setattr(text.layers[1].self_attn, "scaling", 0.9),
+        lambda text, visual: setattr(text.rotary_emb, "attention_scaling", 1.3),
+        lambda text, visual: setattr(visual.blocks[1].norm1, "eps", 1.0),
+        lambda text, visual: setattr(visual.blocks[1].attn, "scaling", 0.9),
+    ],
+    ids=["norms", "last norm", "scaling", "rope", "vision norm", "vision scaling"],
+)
+def test_numbers_that_a_graph_has_fixed(patched, prompts, change):
+    model, _ = patched
+    inner = model.model
+
+    def logits():
+        options = {"max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True, **OPTIONS}
+        return torch.stack(model.generate(**prompts("one_image"), **options).logits)
+
+    for _ in range(VISION_PATIENCE + 2):
+        before = logits()
+    change(inner.language_model, inner.visual)
+    found = logits()
+    llava15_fast.unpatch(model)
+    torch.testing.assert_close(found, logits(), rtol=0, atol=1e-4)
+    assert (found - before).abs().max() > 1e-2
+
+
+def test_a_kept_layer_of_a_cache_that_is_gone_stays_as_it_is(patched, prompts):
+    model, _ = patched
+    out = model.generate(**prompts("text"), max_new_tokens=6, return_dict_in_generate=True, **OPTIONS)
+    layer = out.past_key_values.layers[-1]
+    kept = [side.clone() for side in layer.storages]
+    del out
+    gc.collect()
+    for _ in range(2):
+        model.generate(**prompts("two_images"), max_new_tokens=6, **OPTIONS)
+    assert all(map(torch.equal, layer.storages, kept))
+
+
+def test_lent_storages_are_empty(patched, prompts):
+    """What padding leaves unwritten is read, with a weight of 0, where transformers' own attention runs on them."""
+    model, _ = patched
+    model.generate(**prompts("batch_left_pad"), max_new_tokens=6, **OPTIONS)
+    for entry in model.model.language_model.__dict__[GRAPHS].entries:
+        for pair in entry.storages:
+            for side in pair:
+                side.fill_(float("nan"))
+    gc.collect()
+    details = {"max_new_tokens": 3, "output_hidden_states": True, "return_dict_in_generate": True, **OPTIONS}
+    with torch.no_grad():
+        cache = model(**prompts("batch_left_pad"), use_cache=True).past_key_values
+    found = model.generate(**prompts("batch_left_pad"), **details).sequences
+    assert all(side.isfinite().all() for layer in cache.layers for side in layer.storages)
+    assert torch.equal(found, eager(model, prompts("batch_left_pad"), max_new_tokens=3))
+
+
+def test_fewer_layers_than_the_last_request_had(patched, prompts):
+    model, _ = patched
+    model.generate(**prompts("text"), max_new_tokens=6, **OPTIONS)
+    gc.collect()
+    model.config.text_config.num_hidden_layers = model.model.language_model.config.num_hidden_layers = 2
+    ids = model.generate(**prompts("text"), max_new_tokens=6, **OPTIONS)
+    assert torch.equal(ids, eager(model, prompts("text"), max_new_tokens=6))
+
+
+def test_threads_share_the_graphs(patched, prompts):
+    model, _ = patched
+    cases, found = ["text", "one_image", "two_images", "video"], {}
+
+    def work(case):
+        found[case] = [model.generate(**prompts(case), max_new_tokens=8, **OPTIONS) for _ in range(4)]
+
+    threads = [threading.Thread(target=work, args=(case,)) for case in cases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for case in cases:
+        expected = eager(model, prompts(case), max_new_tokens=8)
+        assert len(found[case]) == 4 and all(torch.equal(ids, expected) for ids in found[case])
+
+
+def test_a_step_runs_once_before_it_is_captured(patched, prompts, monkeypatch):
+    """On the graph's own buffers: what these launches need for the first time is compiled and loaded outside of the capture."""
+    model, _ = patched
+    seen, capture, run = [], graphs_module.CapturedStep.capture, text.run_layers
+
+    def capturing(self, step, pool):
+        seen.append("capture")
+        return capture(self, step, pool)
+
+    def running(module, embeds, *args):
+        seen.append(embeds.data_ptr())
+        return run(module, embeds, *args)
+
+    monkeypatch.setattr(graphs_module.CapturedStep, "capture", capturing)
+    monkeypatch.setattr(text, "run_layers", running)
+    model.generate(**prompts("text"), max_new_tokens=4, **OPTIONS)
+    place = seen.index("capture")
+    assert seen[place - 1] == seen[place + 1] and "capture" not in seen[place + 1 :]
 
 
 def test_a_growing_cache_is_captured_anew(patched, prompts, monkeypatch):
