@@ -312,7 +312,7 @@ class _StopWatch:
     def __init__(self, device: torch.device) -> None:
         self.waits = device.type == "cuda"
         self.steps = 0
-        self.flags: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+        self.asked: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
 
     def stopped(self, unfinished: torch.Tensor) -> bool:
         if not self.waits:
@@ -320,16 +320,21 @@ class _StopWatch:
         self.steps += 1
         if self.steps % LAG:
             return False
+        self.asked.append(self.ask(unfinished))
+        return len(self.asked) > 1 and not self.answer(*self.asked.popleft())
+
+    @staticmethod
+    def ask(unfinished: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
         flag = torch.empty((), dtype=torch.bool, pin_memory=True, device="cpu")
         flag.copy_(unfinished.any(), non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(unfinished.device))  # the current device may be another
-        self.flags.append((flag, event))
-        if len(self.flags) < 2:
-            return False
-        flag, event = self.flags.popleft()
+        return flag, event
+
+    @staticmethod
+    def answer(flag: torch.Tensor, event: torch.cuda.Event) -> bool:
         event.synchronize()
-        return not bool(flag)
+        return bool(flag)
 
 
 class _Randomness:

@@ -1,7 +1,10 @@
 """What goes wrong in the middle of a call is reported as it is, and the next call answers correctly."""
 
+import copy
+
 import pytest
 import torch
+from transformers import StaticCache
 
 import llava15_fast
 from llava15_fast import fusing, kv_cache, text
@@ -86,6 +89,18 @@ def test_a_prompt_longer_than_the_model_knows(tiny):
     expected = tiny.generate(ids, **OPTIONS)
     llava15_fast.patch(tiny, "torch")
     assert torch.equal(tiny.generate(ids, **OPTIONS), expected)
+
+
+def test_a_static_cache_that_is_too_small(tiny, prompt):
+    """As eager, whose error it is; and the next call is right."""
+    cache = {"past_key_values": StaticCache(config=tiny.config, max_cache_len=prompt["input_ids"].shape[1] + 2)}
+    with pytest.raises(Exception) as expected:
+        tiny.generate(**prompt, **OPTIONS, **copy.deepcopy(cache))
+    answer = tiny.generate(**prompt, **OPTIONS)
+    llava15_fast.patch(tiny, "torch")
+    with pytest.raises(expected.type):
+        tiny.generate(**prompt, **OPTIONS, **cache)
+    assert torch.equal(tiny.generate(**prompt, **OPTIONS), answer)
 
 
 def test_a_cache_of_other_prompts_is_named(tiny, prompt):

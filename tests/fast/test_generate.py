@@ -373,6 +373,16 @@ def prompt_of(golden, case="text"):
     return {name: value for name, value in golden[case][0].items() if name != "labels"}
 
 
+@pytest.fixture(params=["torch", "triton"])
+def way(request, tiny, golden):
+    """A backend, and a prompt for it: about an image, or for the interpreter's sake a few tokens for one layer."""
+    if request.param == "torch":
+        return SimpleNamespace(backend="torch", prompt=prompt_of(golden, "one_image"), slow=False)
+    shortened(tiny, 1)
+    short = {name: golden["text"][0][name][:, :4] for name in ("input_ids", "attention_mask")}
+    return SimpleNamespace(backend="triton", prompt=short, slow=True)
+
+
 def both(model, action, backend="torch"):
     """What `action(model)` gives unpatched and then patched."""
     expected = action(model)
@@ -384,12 +394,23 @@ def language_model(handle):
     return next(row for row in handle.report().rows if row.path == "language_model")
 
 
-@pytest.mark.parametrize("case", ["text", "one_image", "text_batch_left_pad"])
-@pytest.mark.parametrize("options", [{}, {"prompt_lookup_num_tokens": 2}, {"eos_token_id": SOME, "do_sample": True}])
-def test_several_turns_on_the_returned_cache(tiny, golden, case, options):
+LOOKUP, SAMPLED = {"prompt_lookup_num_tokens": 2}, {"eos_token_id": SOME, "do_sample": True}
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "backend"),
+    [
+        *((case, options, "torch") for case in ("text", "one_image") for options in ({}, LOOKUP, SAMPLED)),
+        *(("text_batch_left_pad", options, "torch") for options in ({}, SAMPLED)),  # transformers looks up for one prompt only
+        ("text", {}, "triton"),
+        ("text_batch_left_pad", SAMPLED, "triton"),
+    ],
+)
+def test_several_turns_on_the_returned_cache(tiny, golden, case, options, backend):
     prompt = prompt_of(golden, case)
-    if "prompt_lookup_num_tokens" in options and len(prompt["input_ids"]) > 1:
-        return  # transformers speculates for one prompt only
+    if backend == "triton":
+        shortened(tiny, 1)
+        prompt = {name: value[:, -4:] for name, value in prompt.items()}
     question = torch.randint(5, 490, (len(prompt["input_ids"]), 3), device=tiny.device)
 
     def talk(model):
@@ -404,7 +425,7 @@ def test_several_turns_on_the_returned_cache(tiny, golden, case, options):
             inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": turn.past_key_values}
         return turns
 
-    expected, found, handle = both(tiny, talk)
+    expected, found, handle = both(tiny, talk, backend)
     assert_same(found, expected)
     if "prompt_lookup_num_tokens" not in options:  # transformers 5.17 feeds the prompt twice there, with a mask for one
         assert not language_model(handle).fallbacks
@@ -459,20 +480,22 @@ def test_a_cache_goes_from_patched_to_unpatched_and_back(tiny, golden, first):
     assert torch.equal(turns(first), turns(None))
 
 
-def test_hooks_are_called_as_often(tiny, golden):
+def test_hooks_are_called_as_often(tiny, way):
     text = tiny.model.language_model
     heard = {
         "model": tiny,
         "inner": tiny.model,
         "visual": tiny.model.visual,
         "language_model": text,
-        "layer": text.layers[1],
+        "layer": text.layers[-1],
         "norm": text.norm,
         "embed_tokens": text.embed_tokens,
         "q_proj": text.layers[0].self_attn.q_proj,
-        "down_proj": text.layers[2].mlp.down_proj,
+        "down_proj": text.layers[-1].mlp.down_proj,
         "lm_head": tiny.lm_head,
     }
+    if way.slow:
+        heard = {name: heard[name] for name in ("language_model", "layer", "q_proj")}
     for name, module in heard.items():
         calls = Counter()
         hooks = [
@@ -482,9 +505,9 @@ def test_hooks_are_called_as_often(tiny, golden):
 
         def count(model, calls=calls):
             calls.clear()
-            return model.generate(**prompt_of(golden, "one_image"), **PLAIN), dict(calls)
+            return model.generate(**way.prompt, **PLAIN), dict(calls)
 
-        expected, found, _ = both(tiny, count)
+        expected, found, _ = both(tiny, count, way.backend)
         assert_same(found, expected)
         assert expected[1], name
         llava15_fast.unpatch(tiny)
@@ -492,17 +515,17 @@ def test_hooks_are_called_as_often(tiny, golden):
             hook.remove()
 
 
-def test_a_hook_that_changes_the_output_is_obeyed(tiny, golden):
-    plain = tiny.generate(**prompt_of(golden), **PLAIN)
-    for module in (tiny.model.language_model.layers[1].self_attn.k_proj, tiny.model.language_model.norm, tiny.lm_head):
+def test_a_hook_that_changes_the_output_is_obeyed(tiny, way):
+    plain = tiny.generate(**way.prompt, **PLAIN)
+    for module in (tiny.model.language_model.layers[0].self_attn.k_proj, tiny.model.language_model.norm, tiny.lm_head):
         hook = module.register_forward_hook(lambda module, args, output: output.flip(-1))
-        expected, found, _ = both(tiny, lambda model: model.generate(**prompt_of(golden), **PLAIN))
+        expected, found, _ = both(tiny, lambda model: model.generate(**way.prompt, **PLAIN), way.backend)
         assert torch.equal(found, expected) and not torch.equal(expected, plain)
         llava15_fast.unpatch(tiny)
         hook.remove()
 
 
-def test_two_patched_models_side_by_side(tiny, golden):
+def test_two_patched_models_side_by_side(tiny, way):
     """Each has its own weights, caches and callbacks, also when one generates in the middle of the other."""
     other = copy.deepcopy(tiny)
     with torch.no_grad():
@@ -513,16 +536,16 @@ def test_two_patched_models_side_by_side(tiny, golden):
             self.answers = []
 
         def __call__(self, input_ids, scores):
-            self.answers.append(other.generate(**prompt_of(golden, "one_image"), **PLAIN))
+            self.answers.append(other.generate(**way.prompt, **PLAIN))
             return scores
 
     def generate(model):
         inner = Inner()
-        return model.generate(**prompt_of(golden), **PLAIN, logits_processor=LogitsProcessorList([inner])), inner.answers
+        return model.generate(**way.prompt, **PLAIN, logits_processor=LogitsProcessorList([inner])), inner.answers
 
     expected = generate(tiny)
-    llava15_fast.patch(other, "torch")
-    llava15_fast.patch(tiny, "torch")
+    llava15_fast.patch(other, way.backend)
+    llava15_fast.patch(tiny, way.backend)
     assert_same(generate(tiny), expected)
     assert not torch.equal(expected[0][:, -NEW_TOKENS:], expected[1][0][:, -NEW_TOKENS:])
 
@@ -562,23 +585,22 @@ def test_two_threads_on_one_model(tiny, golden):
     ],
     ids=["deepcopy", "pickle", "to", "double-float", "train", "eval", "frozen", "unpatch", "patch-again"],
 )
-def test_the_answer_after_a_change(tiny, golden, change):
+def test_the_answer_after_a_change(tiny, way, change):
     """Between two calls; the weights stay the same."""
-    prompt = prompt_of(golden, "one_image")
-    expected = tiny.generate(**prompt, **PLAIN)
-    llava15_fast.patch(tiny, "torch")
-    assert torch.equal(tiny.generate(**prompt, **PLAIN), expected)
-    assert torch.equal(change(tiny).generate(**prompt, **PLAIN), expected)
+    expected = tiny.generate(**way.prompt, **PLAIN)
+    llava15_fast.patch(tiny, way.backend)
+    assert torch.equal(tiny.generate(**way.prompt, **PLAIN), expected)
+    assert torch.equal(change(tiny).generate(**way.prompt, **PLAIN), expected)
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_other_weights_give_the_other_answer(tiny, golden, assign):
-    prompt = prompt_of(golden, "one_image")
+def test_other_weights_give_the_other_answer(tiny, way, assign):
+    prompt = way.prompt
     other = copy.deepcopy(tiny)
     for parameter in other.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     before, after = tiny.generate(**prompt, **PLAIN), other.generate(**prompt, **PLAIN)
-    llava15_fast.patch(tiny, "torch")
+    llava15_fast.patch(tiny, way.backend)
     assert torch.equal(tiny.generate(**prompt, **PLAIN), before)
     tiny.load_state_dict({name: value.clone() for name, value in other.state_dict().items()}, assign=assign)
     assert torch.equal(tiny.generate(**prompt, **PLAIN), after) and not torch.equal(after, before)
@@ -642,9 +664,9 @@ def test_every_kind_of_context(tiny, golden, context):
     assert not language_model(handle).fallbacks
 
 
-def test_hidden_states_once_do_not_make_it_slow_for_ever(tiny, golden):
-    prompt = prompt_of(golden, "one_image")
-    handle = llava15_fast.patch(tiny, "torch")
+def test_hidden_states_once_do_not_make_it_slow_for_ever(tiny, way):
+    prompt = way.prompt
+    handle = llava15_fast.patch(tiny, way.backend)
     tiny.generate(**prompt, **PLAIN, return_dict_in_generate=True, output_hidden_states=True)
     before = language_model(handle)
     tiny.generate(**prompt, **PLAIN)

@@ -2,6 +2,7 @@
 
 import traceback
 from collections import deque
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +95,20 @@ def test_a_late_end_never_passes_the_maximum(tiny, golden, late):
     prompt = prompt_of(golden, "text")
     expected, found, _ = both(tiny, prompt, max_new_tokens=3, do_sample=False, eos_token_id=499, pad_token_id=0)
     assert torch.equal(found, expected)
+
+
+def test_the_device_is_asked_for_every_second_token_and_answers_later():
+    """Never for the token that was just queued: the host would wait for it."""
+    asked, answered, end = [], [], 7
+    watch = generation._StopWatch(SimpleNamespace(type="cuda"))
+    watch.ask = lambda unfinished: (asked.append(step), (unfinished, step))[1]
+    watch.answer = lambda unfinished, of: (answered.append((step, of)), bool(unfinished.any()))[1]
+    for step in range(1, 40):
+        if watch.stopped(torch.tensor([step < end, False])):
+            break
+    assert step - end < 2 * generation.LAG
+    assert asked == [*range(generation.LAG, step + 1, generation.LAG)]
+    assert len(answered) == len(asked) - 1 and all(now - of >= generation.LAG for now, of in answered)
 
 
 def test_the_mask_is_read_once(tiny, golden, monkeypatch):
