@@ -8,6 +8,13 @@ llava15_fast.unpatch(model)              # as before
 print(llava15_fast.verify(model, inputs)) # patched against eager and higher precision, as numbers
 """
 
+from .versions import check_versions
+
+check_versions()
+
+import logging
+from pathlib import Path
+
 import llava15_kernels
 
 from .configuration import LlavaOnevision1_5Config, LlavaOnevision1_5TextConfig, LlavaOnevision1_5VisionConfig
@@ -25,6 +32,12 @@ if llava15_kernels.__version__ != __version__:
     raise ImportError(
         f"llava15_fast {__version__} found llava15_kernels {llava15_kernels.__version__} at {llava15_kernels.__file__}: "
         "both come from one installation, reinstall it"
+    )
+if Path(llava15_kernels.__file__).parents[1] not in ((_root := Path(__file__).parents[1]), _root / "kernels"):
+    logging.getLogger(__name__).warning(
+        "llava15_fast of %s runs with llava15_kernels of %s: two installations are mixed",
+        _root,
+        Path(llava15_kernels.__file__).parents[1],
     )
 
 register()

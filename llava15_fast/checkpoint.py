@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 
@@ -52,31 +53,45 @@ def upstream_names() -> list[WeightConverter]:
     ]
 
 
-def check_checkpoint_files(folder: Any) -> None:
+def register_tensor_names(model_class: type) -> None:
+    """Both formats, for a class with a `published_prefix`: transformers looks them up by the name of the class."""
+    names = published_names(model_class.published_prefix) + upstream_names()
+    register_checkpoint_conversion_mapping(model_class.__name__, names, overwrite=True)
+
+
+def check_checkpoint_files(name: Any, subfolder: str = "", variant: str | None = None) -> None:
     """Opens the header of every safetensors file that a local checkpoint consists of; a repository name is not checked.
+
+    Args:
+        name: a folder; if an adapter's, the folder of its model is looked at too, as transformers loads that.
+        subfolder, variant: as of `from_pretrained`.
 
     Raises:
         OSError: an index that cannot be read or points out of the folder, a file that is missing or corrupt, or only pickles.
     """
-    folder = Path(str(folder))
-    if not folder.is_dir():
-        return
-    index = folder / "model.safetensors.index.json"
-    files = {"model.safetensors"} if (folder / "model.safetensors").is_file() else set()
-    if not files and index.is_file():
-        try:
-            files = set(json.loads(index.read_text())["weight_map"].values())
-            if strange := [name for name in files if not isinstance(name, str)]:
-                raise TypeError(f"it names the file {strange[0]!r}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OSError(f"cannot read {index}: expected JSON with a weight_map ({error})") from None
+    folders = [Path(str(name)) / subfolder]
+    for adapter in (Path(str(name)) / "adapter_config.json", folders[0] / "adapter_config.json"):
+        if adapter.is_file():
+            base = _read(adapter, "an adapter's configuration").get("base_model_name_or_path")
+            folders += [Path(str(base)), Path(str(base)) / subfolder]
+    for folder in dict.fromkeys(folders):
+        if folder.is_dir():
+            _check_folder(folder, variant)
+
+
+def _check_folder(folder: Path, variant: str | None) -> None:
+    for index in folder.glob("*.safetensors.index*.json"):
+        for file in _files_of(index):
+            if Path(file).name != file:
+                raise OSError(f"{index} names the file {file!r}, expected a file of the same folder")
+    single = folder / _with_variant("model.safetensors", variant)
+    index = folder / _with_variant("model.safetensors.index.json", variant)
+    files = {single.name} if single.is_file() else _files_of(index) if index.is_file() else set()
     pickles = sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if not files and not any(folder.glob("*.safetensors")) and pickles:
         raise OSError(f"{pickles[0]} is a pickle, which can run code as it is loaded: only safetensors files are read")
-    for name in sorted(files):
-        path = folder / name
-        if Path(name).name != name:
-            raise OSError(f"{index} names the file {name!r}, expected a file of the same folder")
+    for file in sorted(files):
+        path = folder / file
         if not path.is_file():
             raise OSError(f"{path} is missing, expected because {index.name} names it")
         try:
@@ -84,3 +99,27 @@ def check_checkpoint_files(folder: Any) -> None:
                 pass
         except SafetensorError as error:
             raise OSError(f"{path} is not a complete safetensors file: {error}") from None
+
+
+def _with_variant(name: str, variant: str | None) -> str:
+    stem, _, end = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{end}"
+
+
+def _read(path: Path, what: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise TypeError(f"it holds a {type(found).__name__}")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise OSError(f"cannot read {path}: expected {what} ({error})") from None
+    return found
+
+
+def _files_of(index: Path) -> set[str]:
+    names = _read(index, "JSON with a weight_map").get("weight_map")
+    if not isinstance(names, dict):
+        raise OSError(f"cannot read {index}: expected JSON with a weight_map (it is {type(names).__name__})")
+    if strange := [name for name in names.values() if not isinstance(name, str)]:
+        raise OSError(f"cannot read {index}: expected JSON with a weight_map (it names the file {strange[0]!r})")
+    return set(names.values())

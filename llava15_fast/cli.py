@@ -147,6 +147,11 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     model, report = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", output_loading_info=True, **placement)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{folder} lacks {len(missing)} tensors, {missing[0]} the first: the answer would be noise")
+    if unexpected := sorted(report["unexpected_keys"]):
+        raise ValueError(
+            f"{folder} has {len(unexpected)} tensors that its configuration has no place for, {unexpected[0]} the first: the "
+            "answer would not be this model's"
+        )
     for kind in ("image", "video"):
         expected, found = getattr(config, f"{kind}_token_id"), getattr(processor, f"{kind}_token_id")
         if expected != found or processor.tokenizer.encode(getattr(processor, f"{kind}_token")) != [expected]:

@@ -12,15 +12,34 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import PreTrainedConfig, Qwen3Config
+from transformers.activations import ACT2FN
 
 UPSTREAM_MODEL_TYPE = "llava_onevision1_5"
 
 
-def _check_positive(config: PreTrainedConfig, part: str, *names: str) -> None:
+MAX_LAYERS = 1000
+"""More are no model but a way to keep a machine busy."""
+
+
+def _check_sizes(config: PreTrainedConfig, part: str, *names: str, most: int | None = None) -> None:
     """Raises ValueError: zero layers or heads would load, and answer, without the weights of the file."""
     for name in names:
-        if not getattr(config, name) >= 1:
-            raise ValueError(f"{part} {name} is {getattr(config, name)}, expected at least 1")
+        value = getattr(config, name)
+        if type(value) is not int or value < 1 or (most is not None and value > most):
+            bounds = "of at least 1" if most is None else f"from 1 to {most}"
+            raise ValueError(f"{part} {name} is {value!r}, expected a whole number {bounds}")
+
+
+def _check_numbers(config: PreTrainedConfig, part: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if type(value) not in (int, float) or not 0 <= value < float("inf"):
+            raise ValueError(f"{part} {name} is {value!r}, expected a number of at least 0")
+
+
+def _check_activation(config: PreTrainedConfig, part: str) -> None:
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"{part} hidden_act is {config.hidden_act!r}, expected an activation that transformers knows")
 
 
 class LlavaOnevision1_5VisionConfig(PreTrainedConfig):
@@ -54,7 +73,10 @@ class LlavaOnevision1_5VisionConfig(PreTrainedConfig):
             self.text_hidden_size = out_hidden_size
         super().__post_init__(**kwargs)
         sizes = ("hidden_size", "intermediate_size", "num_heads", "text_hidden_size")
-        _check_positive(self, "vision", "depth", "in_channels", "patch_size", "spatial_merge_size", *sizes)
+        _check_sizes(self, "vision", "in_channels", "patch_size", "spatial_merge_size", "temporal_patch_size", *sizes)
+        _check_sizes(self, "vision", "depth", most=MAX_LAYERS)
+        _check_numbers(self, "vision", "layer_norm_eps", "rope_theta", "attention_dropout", "initializer_range")
+        _check_activation(self, "vision")
         if self.hidden_size % (4 * self.num_heads):
             raise ValueError(
                 f"vision hidden_size {self.hidden_size} with num_heads {self.num_heads}: 2D RoPE needs a head_dim "
@@ -84,7 +106,10 @@ class LlavaOnevision1_5TextConfig(Qwen3Config):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         sizes = ("hidden_size", "intermediate_size", "vocab_size", "head_dim")
-        _check_positive(self, "text", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", *sizes)
+        _check_sizes(self, "text", "num_attention_heads", "num_key_value_heads", *sizes)
+        _check_sizes(self, "text", "num_hidden_layers", most=MAX_LAYERS)
+        _check_numbers(self, "text", "rms_norm_eps", "attention_dropout", "initializer_range")
+        _check_activation(self, "text")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"text num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads "

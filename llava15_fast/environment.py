@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -12,14 +11,13 @@ from typing import Any
 
 import torch
 import triton
-from packaging.specifiers import SpecifierSet
+from rich.markup import escape
 from rich.table import Table
 
 import llava15_kernels
 from llava15_kernels._dispatch import INTERPRETED, default_backend
 
-DECLARED = {"python": ">=3.11", "torch": ">=2.11,<2.16", "triton": ">=3.6,<3.10", "transformers": ">=5.17,<5.24"}
-"""The versions that the installation asks for; a checkout that was never installed has no metadata to read them from."""
+from .versions import DECLARED, installed, is_inside
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "safetensors", "pillow", "peft", "torchao", "kernels")
 """Packages whose versions matter, the last three where they are installed."""
@@ -36,7 +34,7 @@ def environment() -> dict[str, Any]:
         "llava15_fast": f"{llava15_fast.__version__}, {Path(llava15_fast.__file__).parent}",
         "llava15_kernels": f"{llava15_kernels.__version__}, {Path(llava15_kernels.__file__).parent}",
         "system": platform.platform(),
-        "versions": [_version("python", platform.python_version()), *(_version(name, _installed(name)) for name in PACKAGES)],
+        "versions": [_version(name, installed(name)) for name in ("python", *PACKAGES)],
         "build": {"cuda": torch.version.cuda, "hip": torch.version.hip, "driver": _driver()},
         "devices": [_device(index) for index in range(torch.cuda.device_count())],
         "backend": default_backend(device),
@@ -53,7 +51,7 @@ def table(found: dict[str, Any]) -> Table:
     rows.add_column()
     rows.add_column(overflow="fold")
     for name in ("llava15_fast", "llava15_kernels", "system"):
-        rows.add_row(name, found[name])
+        rows.add_row(name, escape(found[name]))
     for version in found["versions"]:
         if version["version"] is None and version["name"] in OPTIONAL:
             continue
@@ -64,23 +62,17 @@ def table(found: dict[str, Any]) -> Table:
     build = [f"{name} {value}" for name, value in found["build"].items() if value]
     rows.add_row("torch was built for", ", ".join(build) or "CPU")
     for device in found["devices"]:
-        rows.add_row(f"GPU {device['index']}", f"{device['name']}, {device['capability']}, {device['memory_gib']} GiB")
+        described = f"{device['name']}, {device['capability']}, {device['memory_gib']} GiB"
+        rows.add_row(f"GPU {device['index']}", escape(described))
     if not found["devices"]:
         rows.add_row("GPU", "none that torch can use")
     rows.add_row("backend", f"{found['backend']}: {found['runs']}")
     rows.add_row("Triton's interpreter", "on" if found["interpreter"] else "off")
     cache = found["kernel_cache"]
-    rows.add_row("kernel cache", cache["folder"] + ("" if cache["writable"] else "  [red]NOT WRITABLE[/red]"))
+    rows.add_row("kernel cache", escape(cache["folder"]) + ("" if cache["writable"] else "  [red]NOT WRITABLE[/red]"))
     for name, value in found["variables"].items():
-        rows.add_row(name, value)
+        rows.add_row(escape(name), escape(value))
     return rows
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _version(name: str, version: str | None) -> dict[str, Any]:
@@ -88,7 +80,7 @@ def _version(name: str, version: str | None) -> dict[str, Any]:
     inside = None
     if declared is not None:
         # A build of a release that was not made yet, or for some CUDA, is judged by its number.
-        inside = version is not None and SpecifierSet(declared).contains(version, prereleases=True)
+        inside = version is not None and is_inside(name, version)
     return {"name": name, "version": version, "declared": declared, "inside": inside}
 
 

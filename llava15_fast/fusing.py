@@ -22,69 +22,86 @@ logger = logging.getLogger("llava15_fast")
 
 
 class FusedLinear:
-    """`fused(x, layers)` is `torch.cat([layer(x) for layer in layers], -1)`."""
+    """`fused(x, layers)` is `torch.cat([layer(x) for layer in layers], -1)`.
+
+    It owns no memory: the parameters do, and where they go the fused weight goes.
+
+    Attributes:
+        ready: whether the weights lay one under the other when they were last looked at.
+        laid: address of the storage that they were laid into here.
+    """
 
     def __init__(self) -> None:
-        self.weight: torch.Tensor | None = None
         self.ready = False
+        self.laid: int | None = None
         self.gave_up = False
 
     def __reduce__(self) -> tuple:
-        """A copy or a pickle begins without a weight: its layers' parameters are its own."""
+        """A copy or a pickle looks for itself: its layers' parameters are its own."""
         return FusedLinear, ()
 
-    def __call__(self, x: torch.Tensor, layers: Sequence[nn.Module]) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, layers: Sequence[nn.Module], shape: tuple[int, int] | None = None) -> torch.Tensor:
         # torch.compile cannot look at storages, and fuses by itself what follows a product.
         if self.ready and not torch.compiler.is_compiling():
-            return nn.functional.linear(x, self.weight)
-        return torch.cat([layer(x) for layer in layers], dim=-1)
+            return nn.functional.linear(x, spanning([layer._parameters["weight"] for layer in layers]))
+        return torch.cat([call(layer, x, shape) for layer in layers], dim=-1)
 
     def prepare(self, layers: Sequence[nn.Module] | None) -> None:
-        """Looks whether the fused weight is that of the layers, and makes it if it is not and can be; None: there is none."""
-        possible = layers is not None and not self.gave_up and all(can_fuse(layer) for layer in layers)
-        if possible and not self._is_current(layers):
-            self._fuse(layers)
-        self.ready = possible and self.weight is not None
+        """Looks whether the weights lie as they should, and lays them so where that is possible; None: it is not."""
+        self.ready = layers is not None and all(map(can_fuse, layers)) and (are_spanning(layers) or self._lay(layers))
 
-    def _is_current(self, layers: Sequence[nn.Module]) -> bool:
-        if self.weight is None:
-            return False
-        storage, offset = self.weight.untyped_storage()._cdata, self.weight.storage_offset()
-        for layer in layers:
-            weight = layer._parameters["weight"]
-            if weight.untyped_storage()._cdata != storage or weight.storage_offset() != offset or not weight.is_contiguous():
-                return False
-            offset += weight.numel()
-        return weight.dtype == self.weight.dtype and offset == self.weight.numel()
-
-    def _fuse(self, layers: Sequence[nn.Module]) -> None:
-        stale, self.weight = self.weight, None
+    def _lay(self, layers: Sequence[nn.Module]) -> bool:
         weights = [layer.weight for layer in layers]
-        if len({(weight.dtype, weight.device, weight.shape[1]) for weight in weights}) > 1:
-            return
-        if stale is not None:
+        if self.gave_up or len({(weight.dtype, weight.device, weight.shape[1]) for weight in weights}) > 1:
+            return False
+        if self.laid is not None:
             _log_stale()
         try:
             # A parameter on an inference tensor could never be trained again.
             with torch.inference_mode(False), torch.no_grad():
-                self.weight = side_by_side(weights)
-                for weight, part in zip(weights, self.weight.split([len(weight) for weight in weights]), strict=True):
+                fused = side_by_side(weights)
+                for weight, part in zip(weights, fused.split([len(weight) for weight in weights]), strict=True):
                     weight.data = part
         except torch.OutOfMemoryError:
-            self.weight, self.gave_up = None, True
+            self.gave_up = True
             _log_no_memory()
+            return False
+        self.laid = None if is_fake(fused) else fused.untyped_storage().data_ptr()
+        return True
 
     def release(self, layers: Sequence[nn.Module]) -> None:
-        """Gives every parameter that still is a view of the fused weight a storage of its own."""
-        if self.weight is None:
-            return
-        storage = self.weight.untyped_storage()._cdata
+        """Gives every parameter that still lies where it was laid a storage of its own."""
         for layer in layers:
             weight = layer._parameters.get("weight")
-            if weight is not None and not is_fake(weight) and weight.untyped_storage()._cdata == storage:
+            if self.laid is None or weight is None or type(weight) is not nn.Parameter:
+                continue
+            if weight.untyped_storage().data_ptr() == self.laid:
                 with torch.inference_mode(False), torch.no_grad():
                     weight.data = weight.data.clone()
-        self.weight, self.ready = None, False
+        self.ready, self.laid = False, None
+
+
+def call(layer: nn.Module, x: torch.Tensor, shape: tuple[int, int] | None) -> torch.Tensor:
+    """`layer` on rows (T, width), which it sees as (B, L, width) where `shape` is (B, L)."""
+    return layer(x) if shape is None else layer(x.view(*shape, -1)).flatten(0, 1)
+
+
+def spanning(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A view of weights that lie one under the other, as one."""
+    return weights[0].as_strided((sum(map(len, weights)), weights[0].shape[1]), (weights[0].shape[1], 1))
+
+
+def are_spanning(layers: Sequence[nn.Module]) -> bool:
+    first = layers[0]._parameters["weight"]
+    storage, offset = first.untyped_storage()._cdata, first.storage_offset()
+    for layer in layers:
+        weight = layer._parameters["weight"]
+        if (weight.untyped_storage()._cdata, weight.storage_offset()) != (storage, offset) or not weight.is_contiguous():
+            return False
+        if (weight.dtype, weight.shape[1]) != (first.dtype, first.shape[1]):
+            return False
+        offset += weight.numel()
+    return True
 
 
 def side_by_side(weights: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -34,7 +34,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from llava15_kernels.vision_rope import apply_rope_tables, vision_rope_tables
 
-from .checkpoint import check_checkpoint_files, published_names
+from .checkpoint import check_checkpoint_files, published_names, register_tensor_names
 from .configuration import LlavaOnevision1_5Config, LlavaOnevision1_5VisionConfig
 
 
@@ -230,6 +230,12 @@ class LlavaOnevision1_5PreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """transformers looks up the names of tensors by the name of the class: a subclass of a user's has one of its own."""
+        super().__init_subclass__(**kwargs)
+        if cls.__module__ != __name__:  # `register` looks after ours, which may have to make way for transformers' own
+            register_tensor_names(cls)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -243,10 +249,13 @@ class LlavaOnevision1_5PreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers', after a look at a local folder's files; from safetensors files only, unless asked otherwise.
 
+        Code of a checkpoint is never run, `trust_remote_code` or not: all that is needed is here.
+
         Raises:
             OSError: a safetensors file of the folder is missing or corrupt; the message names it.
         """
-        check_checkpoint_files(pretrained_model_name_or_path)
+        kwargs.pop("trust_remote_code", None)
+        check_checkpoint_files(pretrained_model_name_or_path, kwargs.get("subfolder") or "", kwargs.get("variant"))
         kwargs.setdefault("use_safetensors", True)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 

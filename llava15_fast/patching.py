@@ -10,16 +10,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from io import StringIO
 from types import MethodType
 from typing import Any
 
 import torch
-from rich.console import Console
+import transformers
 from rich.table import Table
 from torch import nn
 from transformers import Qwen3Model
@@ -34,6 +32,7 @@ from .parts import difference, is_replaced, walk
 from .refusal import inside
 from .sites import SITES, Site
 from .snapshot import SEEN, Remembered
+from .tables import as_text
 
 
 class PatchError(RuntimeError):
@@ -231,9 +230,11 @@ def patched(model: nn.Module, backend: Backend = "auto", *, cuda_graph: bool = T
     try:
         yield handle
     finally:
-        unpatch(model)
-        for previous in before:
-            patch(model, previous, cuda_graph=graphs_before)
+        try:
+            unpatch(model)
+        finally:  # interrupted or not
+            for previous in before:
+                patch(model, previous, cuda_graph=graphs_before)
 
 
 @dataclass(frozen=True)
@@ -267,9 +268,7 @@ class Report:
         return table
 
     def __repr__(self) -> str:
-        text = StringIO()
-        Console(file=text, width=shutil.get_terminal_size((140, 24)).columns).print(self)
-        return text.getvalue().rstrip()
+        return as_text(self)
 
 
 class PatchHandle:
@@ -358,7 +357,8 @@ def _resolve(root: nn.Module, target: Target) -> list[tuple[str, nn.Module]]:
         parameters = tuple(inspect.signature(method).parameters)[1:] if method else None
         if parameters != target.parameters:
             raise PatchError(
-                f"{type(module).__name__}.{target.attribute} has parameters {parameters}, expected {target.parameters}"
+                f"{type(module).__name__}.{target.attribute} has parameters {parameters}, expected {target.parameters} "
+                f"(transformers {transformers.__version__})"
             )
     return found
 
@@ -376,9 +376,11 @@ def _slot(target: Target, module: nn.Module) -> str:
 
 def _check_untouched(target: Target, path: str, module: nn.Module) -> None:
     slot = _slot(target, module)
-    if is_replaced(module, slot, target.attribute) and not _is_ours(module.__dict__[slot]):
+    if is_replaced(module, slot, target.attribute) and not _is_ours(present := module.__dict__[slot]):
+        name = ".".join(filter(None, (path, target.attribute)))
         raise PatchError(
-            f"{path}.{target.attribute} was already replaced by {module.__dict__[slot]!r}: undo that before patching"
+            f"{name} was already replaced by {getattr(present, '__qualname__', type(present).__name__)}: undo that before "
+            "patching"
         )
 
 

@@ -31,7 +31,7 @@ IMAGE_OPTIONS = frozenset(Qwen2VLImageProcessorKwargs.__annotations__) - {"retur
 """Options of a call that go to the image processor; every other one goes to the tokenizer."""
 
 
-def read_image(source: ImageSource, channels: str | None = None) -> Image.Image:
+def read_image(source: ImageSource, channels: str | None = None, highest: float | None = None) -> Image.Image:
     """An upright 8-bit RGB image of a path, an address, base64 text, a Pillow image, or an array.
 
     Args:
@@ -39,12 +39,13 @@ def read_image(source: ImageSource, channels: str | None = None) -> Image.Image:
             floats up to 1 count from 0 to 1, other values from 0 to 255, or to 65535 if one is above 255. Transparency is
             dropped.
         channels: "channels_first" or "channels_last", for an array whose shape does not tell.
+        highest: of all frames, where the array is one of a video: a dark frame counts as the bright ones do.
 
     Raises:
         ValueError: the image cannot be read; the message names it.
     """
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        source = _from_array(source, channels)
+        source = _from_array(source, channels, highest)
     if not isinstance(source, (str, PathLike, Image.Image)):
         raise ValueError(
             f"an image is given as {type(source).__name__}, expected a path, an address, a Pillow image or an array"
@@ -79,9 +80,14 @@ def _is_base64(text: str) -> bool:
     return len(text) > 64 and re.fullmatch(r"[A-Za-z0-9+/\s]+={0,2}\s*", text) is not None and not Path(text[:255]).exists()
 
 
-def _from_array(array: np.ndarray | torch.Tensor, channels: str | None) -> Image.Image:
+def _from_array(array: np.ndarray | torch.Tensor, channels: str | None, highest: float | None) -> Image.Image:
     if isinstance(array, torch.Tensor):
-        array = array.detach().to("cpu", torch.float32 if array.dtype == torch.bfloat16 else array.dtype).numpy()
+        try:
+            wide = torch.float32 if array.dtype.itemsize < 4 and array.is_floating_point() else array.dtype
+            array = array.detach().to("cpu", wide).numpy()
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            described = f"{array.dtype}, {array.layout}, on {array.device}"
+            raise ValueError(f"cannot read an image tensor ({described}): {str(error).splitlines()[0]}") from None
     if 0 in array.shape:
         raise ValueError(f"an image array of shape {array.shape} holds no pixels")
     counts, shape = (1, 3, 4), array.shape
@@ -95,13 +101,13 @@ def _from_array(array: np.ndarray | torch.Tensor, channels: str | None) -> Image
         array = np.moveaxis(array, 0, -1)
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in counts):
         raise ValueError(f"an image array has shape {shape}, expected (h, w), (h, w, c) or (c, h, w) with c 1, 3 or 4")
-    array = _to_8_bit(array)
+    array = _to_8_bit(array, highest)
     if array.ndim == 3:
         array = array[..., 0] if array.shape[-1] == 1 else array[..., :3]
     return Image.fromarray(array)
 
 
-def _to_8_bit(values: np.ndarray) -> np.ndarray:
+def _to_8_bit(values: np.ndarray, highest: float | None = None) -> np.ndarray:
     if values.dtype == np.uint8:
         return values
     if values.dtype == bool:
@@ -111,16 +117,26 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= 65535):  # nor NaN
         raise ValueError(f"an image array has values from {low} to {high}, expected 0 to 1, to 255 or to 65535")
+    high = high if highest is None else max(high, highest)
     scale = 65535.0 if high > 255 else 1.0 if high <= 1 and values.dtype.kind == "f" else 255.0
     return (values.astype(np.float64) * (255.0 / scale)).round().astype(np.uint8)
 
 
-def _prepare(source: ImageSource, options: dict[str, Any]) -> Image.Image | np.ndarray | torch.Tensor:
+def _prepare(
+    source: ImageSource, options: dict[str, Any], highest: float | None = None
+) -> Image.Image | np.ndarray | torch.Tensor:
     """What goes to the image processor: an 8-bit image, but an array whose caller has resized or rescaled it goes as it is."""
     done = options.get("do_resize") is False or options.get("do_rescale") is False
     if done and isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim == 3 and 0 not in source.shape:
         return source
-    return read_image(source, options.get("input_data_format"))
+    return read_image(source, options.get("input_data_format"), highest)
+
+
+def _highest(frames: list[Any]) -> float | None:
+    """The largest value in all frames that are arrays of other than 8-bit numbers."""
+    plain = (np.uint8, np.bool_, torch.uint8, torch.bool)
+    arrays = [x for x in frames if isinstance(x, (np.ndarray, torch.Tensor)) and 0 not in x.shape and x.dtype not in plain]
+    return max((float(x.max()) for x in arrays if not (isinstance(x, torch.Tensor) and x.is_meta)), default=None)
 
 
 def _without_format(options: dict[str, Any], image: Any) -> dict[str, Any]:
@@ -235,6 +251,10 @@ class LlavaOnevision1_5Processor(ProcessorMixin):
         if audio is not None:
             raise ValueError("this model takes no audio")
         image_options, video_options, text_options = _split_options(kwargs)
+        for name in ("patch_size", "merge_size", "temporal_patch_size"):
+            for options in (image_options, video_options):
+                if options.get(name, (fixed := getattr(self.image_processor, name))) != fixed:
+                    raise ValueError(f"{name} {options[name]!r}: expected {fixed}, which the model was trained with")
         data: dict[str, Any] = {}
         image_tokens: list[int] = []
         video_tokens: list[int] = []
@@ -249,6 +269,8 @@ class LlavaOnevision1_5Processor(ProcessorMixin):
         if text is not None:
             prompts = [text] if isinstance(text, str) else _prompts(text)
             _check_per_prompt(prompts, self.image_token, images, "images")
+            if not _is_video(videos):
+                _check_per_prompt(prompts, self.video_token, videos, "videos")
             prompts = self._expand(prompts, self.image_token, image_tokens, "image")
             prompts = self._expand(prompts, self.video_token, video_tokens, "video")
             data = {**self.tokenizer(prompts, **text_options), **data}
@@ -270,8 +292,10 @@ class LlavaOnevision1_5Processor(ProcessorMixin):
         )
 
     def _video_patches(self, frames: list[Any], options: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        if not frames:
+            raise ValueError("a video has no frames, expected at least one")
         try:
-            images = [_prepare(frame, options) for frame in frames]
+            images = [_prepare(frame, options, _highest(frames)) for frame in frames]
         except ValueError as error:
             raise ValueError(f"{error}; a video is given as its frames, a file has to be decoded first") from None
         patches, grids = self._patches(images, options)
@@ -303,6 +327,9 @@ class LlavaOnevision1_5Processor(ProcessorMixin):
 
 def _pixel_limits(size: Any, options: dict[str, Any]) -> dict[str, int]:
     """The image processor's `size` with `min_pixels` / `max_pixels` of `options` put in."""
+    for name in ("min_pixels", "max_pixels"):
+        if isinstance(value := options.get(name), bool) or not isinstance(value, (int, float, np.number, type(None))):
+            raise ValueError(f"{name} is {value!r}, expected a number of pixels")
     limits = {"shortest_edge": size["shortest_edge"], "longest_edge": size["longest_edge"]}
     if options.get("min_pixels") is not None:
         limits["shortest_edge"] = options["min_pixels"]
@@ -336,7 +363,9 @@ def _check_per_prompt(prompts: list[str], token: str, items: Any, kind: str) -> 
     """A list of lists is one list per prompt."""
     if not isinstance(items, (list, tuple)) or not items or not all(isinstance(own, (list, tuple)) for own in items):
         return
-    counts = [len(list(_flatten(own))) for own in items]
+    if kind == "videos" and any(_is_video(own) for own in items):  # lists of frames
+        return
+    counts = [len(list((_videos if kind == "videos" else _flatten)(own))) for own in items]
     found = [prompt.count(token) for prompt in prompts]
     if counts != found:
         raise ValueError(f"{kind} per prompt are {counts}, but the prompts have {found} {token} placeholders")

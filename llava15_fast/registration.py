@@ -13,6 +13,7 @@ from typing import Any
 
 import transformers.processing_utils  # noqa: F401  -- replaces sys.modules["transformers"]; must come before names are set
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -20,11 +21,9 @@ from transformers import (
     AutoProcessor,
     PreTrainedConfig,
 )
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
-from .checkpoint import published_names, upstream_names
+from .checkpoint import register_tensor_names
 from .configuration import (
-    UPSTREAM_MODEL_TYPE,
     LlavaOnevision1_5Config,
     LlavaOnevision1_5TextConfig,
     LlavaOnevision1_5UpstreamConfig,
@@ -61,7 +60,9 @@ def _is_this_model(name_or_path: Any, kwargs: dict[str, Any]) -> bool:
         config, _ = PreTrainedConfig.get_config_dict(name_or_path, **{k: kwargs[k] for k in keys if k in kwargs})
     except (OSError, ValueError):
         return False  # no configuration to go by; the original says what is wrong
-    return config.get("model_type") in (LlavaOnevision1_5Config.model_type, UPSTREAM_MODEL_TYPE)
+    model_type = config.get("model_type")
+    # A transformers that brings the upstream type itself brings a processor for it too.
+    return model_type in CONFIG_MAPPING and issubclass(CONFIG_MAPPING[model_type], LlavaOnevision1_5Config)
 
 
 def _export_names() -> None:
@@ -100,5 +101,4 @@ def register() -> None:
     _install_processor_lookup()
     _export_names()
     for model_class in (LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model):
-        names = published_names(model_class.published_prefix) + upstream_names()
-        register_checkpoint_conversion_mapping(model_class.__name__, names, overwrite=True)
+        register_tensor_names(model_class)

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if as_module and not _exists(rest[0]):
         raise SystemExit(f"no module named {rest[0]!r}\n{USAGE}")
     logger = logging.getLogger("llava15_fast")
-    logger.addHandler(logging.StreamHandler())
+    logger.addHandler(_UntilConfigured())
     logger.setLevel(logging.INFO)
     sys.argv = rest  # run_module puts the module's file in the place of its name
     if as_module:
@@ -50,6 +50,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.path[0] = str(Path(rest[0]).resolve().parent)
         # As python gives a script its `__file__`: it may look for it in another working directory.
         runpy.run_path(os.path.abspath(rest[0]), run_name="__main__")
+
+
+class _UntilConfigured(logging.StreamHandler):
+    """Silent as soon as the program has set up logging of its own, which then shows the same."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers:
+            super().emit(record)
 
 
 def _exists(module: str) -> bool:

@@ -41,11 +41,11 @@ from llava15_kernels import flash_attn_varlen_func, flash_attn_with_kvcache, qk_
 from llava15_kernels.flash_decode import max_rows
 from llava15_kernels.qk_norm_rope import norm_and_rotate, rope_tables, write_rows
 
-from .fusing import FusedLinear, is_plain
+from .fusing import FusedLinear, call, is_plain
 from .graphs import GRAPHS, DecodeGraphs, Storages, with_room
 from .kv_cache import adopt
 from .parts import Part, activation_obstacle, obstacle
-from .refusal import attention_refusal, inside, refusal, surroundings
+from .refusal import attention_refusal, has_hooks, inside, refusal, surroundings
 from .sites import site_of
 from .snapshot import SEEN
 
@@ -159,6 +159,11 @@ def text_model_forward(
         site.fall_back(layout)
         return type(module).forward(module, **{**inputs, "past_key_values": past_key_values})
 
+    if not seen.plain and layout.rows is None:
+        layout = replace(layout, shape=tuple(given.shape[:2]))
+    elif not seen.row_by_row and layout.rows is not None:
+        site.fall_back("a linear layer has to see the padding, which is left out")
+        return type(module).forward(module, **{**inputs, "past_key_values": past_key_values})
     embeds = module.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
     hidden_states = _replay(module, seen, embeds, layout, past_key_values)
     if hidden_states is None:
@@ -186,18 +191,22 @@ class Seen(NamedTuple):
 
     Attributes:
         obstacle: why transformers' own forward has to run, or None.
-        fixed: what a captured decode step has fixed: addresses of weights, and numbers; None if a linear layer may compute
-            differently every time, or nobody can know.
+        plain: whether all linear layers compute nothing but a product, and nobody listens.
+        row_by_row: whether all of them, adapters included, compute the same for a row wherever it stands.
+        fixed: what a captured decode step has fixed, addresses of weights and numbers; None if there can be none.
     """
 
     obstacle: str | None
+    plain: bool
+    row_by_row: bool
     fixed: tuple[float, ...] | None
 
 
 def look_at(module: nn.Module) -> Seen:
-    if torch.compiler.is_compiling():
-        return Seen(_obstacle(module), None)
-    return module.__dict__[SEEN].of(module)
+    if not torch.compiler.is_compiling():
+        return module.__dict__[SEEN].of(module)
+    reason = _obstacle(module)
+    return Seen(reason, *(2 * [False] if reason else _kinds(module)), None)
 
 
 def find(module: nn.Module) -> Seen:
@@ -210,7 +219,24 @@ def find(module: nn.Module) -> Seen:
         alone = all(users[id(layer._parameters.get("weight"))] == 2 for layer in layers)
         owner.__dict__.setdefault(FUSED, FusedLinear()).prepare(layers if alone else None)
     reason = _obstacle(module)
-    return Seen(reason, None if reason else _fixed(module))
+    if reason:
+        return Seen(reason, False, False, None)
+    plain, row_by_row = _kinds(module)
+    return Seen(None, plain, row_by_row, _fixed(module) if plain else None)
+
+
+def _linears(layer: nn.Module) -> list[nn.Module]:
+    attention, mlp = layer.self_attn, layer.mlp
+    named = [owner._modules[name] for owner, names in ((attention, QKV), (mlp, GATE_UP)) for name in names]
+    return [*named, attention.o_proj, mlp.down_proj]
+
+
+def _kinds(module: nn.Module) -> tuple[bool, bool]:
+    """`Seen.plain` and `Seen.row_by_row`."""
+    linears = [part for layer in module.layers for part in _linears(layer)]
+    # PEFT's adapters choose by the prompt, or by the place in it, through hooks.
+    heard = any(has_hooks(child) for part in linears if not is_plain(part) for child in part.modules())
+    return all(map(is_plain, linears)), not heard and all(isinstance(inside(part), nn.Linear) for part in linears)
 
 
 def _obstacle(module: nn.Module) -> str | None:
@@ -230,13 +256,11 @@ def _obstacle(module: nn.Module) -> str | None:
 
 
 def _fixed(module: nn.Module) -> tuple[float, ...] | None:
-    """See `Seen`; every part is what it should be."""
+    """See `Seen`; every part is what it should be, every linear layer plain."""
     weights, numbers = [module.norm.weight, module.rotary_emb.inv_freq], [module.rotary_emb.attention_scaling]
     for layer in module.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        linears = [owner._modules[name] for owner, names in ((attention, QKV), (mlp, GATE_UP)) for name in names]
-        linears += [attention.o_proj, mlp.down_proj]
-        if not all(is_plain(part) and part.bias is None for part in linears):
+        attention, linears = layer.self_attn, _linears(layer)
+        if any(part.bias is not None for part in linears):
             return None
         norms = [layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm]
         weights += [part.weight for part in (*linears, *norms)]
@@ -256,6 +280,7 @@ class TextLayout:
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: segments for the varlen attention, or None.
         total_k: rows that the segments of the keys cover.
         cache_seqlens, cache_leftpad: (B,) int32 for attention split over the cache, or None.
+        shape: (B, L) where linear layers have to see their rows in transformers' shape, because of a hook or adapter.
         numbers: the values of `slots`, `cache_seqlens` and `cache_leftpad` where they are not on the device yet.
     """
 
@@ -269,6 +294,7 @@ class TextLayout:
     total_k: int = 0
     cache_seqlens: torch.Tensor | None = None
     cache_leftpad: torch.Tensor | None = None
+    shape: tuple[int, int] | None = None
     numbers: list[list[int]] | None = None
 
     def on_device(self) -> TextLayout:
@@ -468,21 +494,21 @@ def run_layers(
         norm, mlp = layer.post_attention_layernorm, layer.mlp
         attended = attend(heads, layer.self_attn, normed, layout, rope, storages, embeds.shape[0], backend)
         normed, residual = rms_norm(attended, norm.weight, norm.variance_epsilon, residual, backend=backend)
-        x = mlp.down_proj(_gated(mlp, normed, backend))
+        x = call(mlp.down_proj, _gated(mlp, normed, layout.shape, backend), layout.shape)
         normed, residual = rms_norm(x, next_norm.weight, next_norm.variance_epsilon, residual, backend=backend)
     if layout.rows is None:
         return normed.view(embeds.shape)
     return normed.new_zeros(embeds.shape).flatten(0, 1).index_copy_(0, layout.rows, normed).view(embeds.shape)
 
 
-def _gated(mlp: nn.Module, normed: torch.Tensor, backend: str) -> torch.Tensor:
+def _gated(mlp: nn.Module, normed: torch.Tensor, shape: tuple[int, int] | None, backend: str) -> torch.Tensor:
     if backend == "torch" and len(normed) > 1:
         # Halves of rows are slow to read for torch's elementwise loops, and products of many rows gain nothing side by side.
-        gate, up = mlp.gate_proj(normed), mlp.up_proj(normed)
+        gate, up = call(mlp.gate_proj, normed, shape), call(mlp.up_proj, normed, shape)
         if is_plain(mlp.gate_proj):  # nobody else holds its output
             return nn.functional.silu(gate, inplace=True).mul_(up)
         return nn.functional.silu(gate) * up
-    return silu_and_mul(project(mlp, GATE_UP, normed), backend=backend)
+    return silu_and_mul(project(mlp, GATE_UP, normed, shape), backend=backend)
 
 
 def attend(
@@ -500,7 +526,7 @@ def attend(
     `heads` are those of q, k and v.
     """
     head_dim = attention.head_dim
-    qkv = project(attention, QKV, normed)
+    qkv = project(attention, QKV, normed, layout.shape)
     q, k, v = qkv.view(1, -1, sum(heads), head_dim).split(heads, dim=2)
     norms = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon
     if storages is not None:
@@ -529,14 +555,14 @@ def attend(
             q[0], keys[: layout.total_k], values[: layout.total_k], layout.cu_seqlens_q, layout.cu_seqlens_k,
             layout.max_seqlen_q, layout.max_seqlen_k, softmax_scale=attention.scaling, causal=True, backend=backend,
         )  # fmt: skip
-    return attention.o_proj(attended.view(normed.shape[0], -1))
+    return call(attention.o_proj, attended.view(normed.shape[0], -1), layout.shape)
 
 
-def project(module: nn.Module, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
+def project(module: nn.Module, names: tuple[str, ...], x: torch.Tensor, shape: tuple[int, int] | None) -> torch.Tensor:
     """The outputs of the named linear layers of `module`, side by side."""
     layers = [module._modules[name] for name in names]
     fused = module.__dict__.get(FUSED)
-    return torch.cat([layer(x) for layer in layers], dim=-1) if fused is None else fused(x, layers)
+    return (FusedLinear() if fused is None else fused)(x, layers, shape)
 
 
 def release_weights(module: nn.Module) -> None:

@@ -20,16 +20,14 @@ the new tokens.
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from io import StringIO
 from itertools import zip_longest
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from torch import nn
 
@@ -39,6 +37,7 @@ from llava15_kernels.testing import worst
 from . import text, vision
 from .modeling import LlavaOnevision1_5ForConditionalGeneration
 from .patching import Report, _find_model, patch, patched, unpatch
+from .tables import as_text
 
 Part = Callable[[torch.Tensor], torch.Tensor]
 
@@ -178,9 +177,7 @@ class Verification:
         return _name(_reference_dtype(self.dtype))
 
     def __repr__(self) -> str:
-        out = StringIO()
-        Console(file=out, width=shutil.get_terminal_size((120, 24)).columns, highlight=False).print(self)
-        return out.getvalue().rstrip()
+        return as_text(self)
 
 
 def verify(
@@ -197,7 +194,7 @@ def verify(
 
     Raises:
         TypeError: `model` holds no model that is known here, or none with a language head.
-        ValueError: training mode, no `input_ids`, or weights that are not in memory.
+        ValueError: training mode, no `input_ids`, prompts padded on the right, or weights that are not in memory.
         PatchError, RuntimeError: as `patch`.
     """
     root = _find_model(model)
@@ -210,7 +207,9 @@ def verify(
     if any(parameter.is_meta for parameter in root.parameters()):
         raise ValueError("some weights are not in memory (offloaded, or on the meta device): load the model without offloading")
     inputs = {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor) and key != "labels"}
-    inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+    mask = inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+    if not mask[:, -1].all():
+        raise ValueError("a prompt ends with padding: prompts of a batch are padded on the left, as generate needs it")
     # `patched` puts back, in whatever way this ends, what was there before.
     with torch.no_grad(), exact_float32(), _attention_that_computes_in_any_dtype(root), patched(model, backend):
         return _verify(model, root, inputs, max_new_tokens, backend)
@@ -400,7 +399,13 @@ class _Cast:
             parameter.data = data
         self.saved = []
 
-    __enter__ = on
+    def __enter__(self) -> None:
+        try:
+            self.on()
+        except BaseException:
+            self.off()
+            raise
+
     __exit__ = off
 
 

@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import cache
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import triton
 from torch._subclasses.fake_tensor import is_fake
+from triton.errors import TritonError
 
 logger = logging.getLogger("llava15_kernels")
 
@@ -165,9 +166,29 @@ def check_bounds(op: str, name: str, cu_seqlens: torch.Tensor, total: int, max_s
         raise ValueError(f"{op}: {name} has a segment of {max(lengths)} rows, longer than max_seqlen {max_seqlen}")
 
 
-def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Makes the tensor's GPU the current one: Triton launches on the current device, whatever the tensors say."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+class launching:
+    """Around the launches of an operation: makes the tensor's GPU the current one, for Triton launches on the current device
+    whatever the tensors say; and what keeps a kernel from being compiled is told with the operation's name and a way out."""
+
+    __slots__ = ("guard", "op", "tensor")
+
+    def __init__(self, op: str, tensor: torch.Tensor) -> None:
+        self.op, self.tensor, self.guard = op, tensor, None
+
+    def __enter__(self) -> None:
+        if self.tensor.is_cuda:
+            self.guard = torch.cuda.device(self.tensor.device)
+            self.guard.__enter__()
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if self.guard is not None:
+            self.guard.__exit__(kind, error, trace)
+        if isinstance(error, (TritonError, OSError)):  # OSError: the folder that compiled kernels are kept in
+            lines = str(error).strip().splitlines() or [""]
+            raise RuntimeError(
+                f"{self.op}: the kernel could not be compiled on {self.tensor.device} ({type(error).__name__}: {lines[-1]}); "
+                'backend="torch" runs without it'
+            ) from error
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:

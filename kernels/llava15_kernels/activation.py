@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._dispatch import LAUNCH_OPTIONS, Backend, as_rows, cdiv, choose_backend, device_guard, warps_for
+from ._dispatch import LAUNCH_OPTIONS, Backend, as_rows, cdiv, choose_backend, launching, warps_for
 from .cost import Cost, declares_cost, nbytes
 
 BLOCK = 2048
@@ -54,7 +54,7 @@ def _(x: torch.Tensor) -> torch.Tensor:
     y = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=x.device)
     if y.numel():
         rows = as_rows(x)
-        with device_guard(x):
+        with launching("silu_and_mul", x):
             _silu_and_mul_kernel[(rows.shape[0], cdiv(y.shape[-1], BLOCK))](
                 rows, y, rows.stride(0), y.shape[-1], BLOCK_N=BLOCK, num_warps=warps_for(BLOCK, x.device, 4), **LAUNCH_OPTIONS
             )
@@ -66,7 +66,7 @@ def _(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel():
         rows = as_rows(x)
-        with device_guard(x):
+        with launching("gelu", x):
             _gelu_kernel[(rows.shape[0], cdiv(y.shape[-1], BLOCK))](
                 rows, rows if bias is None else bias.contiguous(), y, rows.stride(0), y.shape[-1],
                 HAS_BIAS=bias is not None, BLOCK_N=BLOCK, num_warps=warps_for(BLOCK, x.device, 4), **LAUNCH_OPTIONS,

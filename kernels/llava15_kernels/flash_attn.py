@@ -42,7 +42,7 @@ from ._dispatch import (
     cdiv,
     check_bounds,
     choose_backend,
-    device_guard,
+    launching,
     needs_grad,
     next_power_of_2,
 )
@@ -355,7 +355,7 @@ def _(
         UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
         num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
     )  # fmt: skip
-    with device_guard(q):
+    with launching("flash_attn_varlen_func", q):
         if config.descriptors:
             _flash_attn_tiles_kernel[grid](
                 _tiles(q, config.block_m, block_d), _tiles(k, config.block_n, block_d), _tiles(v, config.block_n, block_d),

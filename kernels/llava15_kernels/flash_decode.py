@@ -32,7 +32,7 @@ from ._dispatch import (
     architecture,
     cdiv,
     choose_backend,
-    device_guard,
+    launching,
     multiprocessors,
     next_power_of_2,
 )
@@ -204,7 +204,7 @@ def _(
     rows = batch * n_queries * heads
     lse = torch.empty((splits, rows), dtype=torch.float32, device=q.device)
     partial = out if splits == 1 else torch.empty((splits, rows, head_dim), dtype=torch.float32, device=q.device)
-    with device_guard(q):
+    with launching("flash_attn_with_kvcache", q):
         _split_kernel[(splits, kv_heads, batch)](
             q, k_cache, v_cache, partial, lse, cache_seqlens, cache_leftpad,
             *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._dispatch import LAUNCH_OPTIONS, Backend, as_rows, cdiv, choose_backend, device_guard, next_power_of_2
+from ._dispatch import LAUNCH_OPTIONS, Backend, as_rows, cdiv, choose_backend, launching, next_power_of_2
 from .cost import Cost, declares_cost, nbytes
 
 MAX_WIDTH = 16384
@@ -102,7 +102,7 @@ def _launch(
     block_n = next_power_of_2(width)
     # About 2048 elements a program keep 4 warps busy on narrow rows (q/k heads); wide rows get one program each.
     block_m = max(1, 2048 // block_n)
-    with device_guard(x):
+    with launching("rms_norm" if bias is None else "layer_norm", x):
         kernel[(cdiv(rows.shape[0], block_m),)](
             rows, residual_rows, weight, weight if bias is None else bias.contiguous(), y, y if total is None else total,
             rows.stride(0), residual_rows.stride(0), rows.shape[0], eps,

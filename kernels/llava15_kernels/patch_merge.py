@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._dispatch import LAUNCH_OPTIONS, Backend, cdiv, check_bounds, choose_backend, device_guard, next_power_of_2
+from ._dispatch import LAUNCH_OPTIONS, Backend, cdiv, check_bounds, choose_backend, launching, next_power_of_2
 from .cost import Cost, declares_cost, nbytes
 from .norms import MAX_WIDTH, layer_norm_ref
 
@@ -79,7 +79,7 @@ def _(
     width, n_segments = x.shape[1], cu_seqlens.shape[0] - 1
     block_n = next_power_of_2(width)
     block_m = max(1, 2048 // block_n)
-    with device_guard(x):
+    with launching("patch_merge", x):
         _patch_merge_kernel[(cdiv(out.numel() // width, block_m),)](
             x, weight.contiguous(), bias.contiguous(), out, cu_seqlens.contiguous(),
             x.stride(0), out.numel() // width, n_segments, eps,

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._dispatch import LAUNCH_OPTIONS, Backend, cdiv, choose_backend, device_guard, next_power_of_2, warps_for
+from ._dispatch import LAUNCH_OPTIONS, Backend, cdiv, choose_backend, launching, next_power_of_2, warps_for
 from .cost import Cost, declares_cost, nbytes
 from .flash_attn import MAX_HEAD_DIM
 from .norms import rms_norm_torch
@@ -137,7 +137,7 @@ def _launch(
     v_out = k_out if v_out is None else v_out
     block_h = min(8, next_power_of_2(kv_heads))
     groups = cdiv(q_heads, block_h) + (2 if has_cache else 1) * cdiv(kv_heads, block_h)
-    with device_guard(q):
+    with launching("qk_norm_rope", q):
         _qk_norm_rope_kernel[(batch * length, groups)](
             q, k, v, q_weight.contiguous(), k_weight.contiguous(), position_ids, inv_freq,
             slot_mapping, q_out, k_out, v_out,

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._dispatch import LAUNCH_OPTIONS, Backend, cdiv, choose_backend, device_guard, next_power_of_2
+from ._dispatch import LAUNCH_OPTIONS, Backend, cdiv, choose_backend, launching, next_power_of_2
 from .cost import Cost, declares_cost, nbytes
 
 
@@ -83,7 +83,7 @@ def _(
     block_h, block_d = next_power_of_2(heads), next_power_of_2(head_dim // 2)
     # About 2048 pairs a program: 16 elements a thread at 4 warps.
     block_s = max(1, 2048 // (block_h * block_d))
-    with device_guard(q):
+    with launching("vision_rope_2d", q):
         _vision_rope_kernel[(cdiv(n_rows, block_s),)](
             q, k, q_out, k_out, position_ids.contiguous(), inv_freq.contiguous(), class_pos_emb.contiguous(),
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), n_rows,

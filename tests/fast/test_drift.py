@@ -27,11 +27,17 @@ ROOT = Path(__file__).parents[2]
 SYMBOLS = (
     "accelerate.hooks.add_hook_to_module",
     "torch._subclasses.fake_tensor.is_fake",
+    "torch._C._functorch.peek_interpreter_stack",
+    "torch.autograd.forward_ad._current_level",
+    "torch.jit.is_tracing",
     "torch.nn.Module._apply",
+    "torch.nn.modules.module._global_forward_hooks",
+    "torch.nn.modules.module._global_forward_pre_hooks",
     "torch.UntypedStorage._cdata",
     "transformers.activations.ACT2FN",
     "transformers.activations.GELUActivation",
     "transformers.AutoConfig",
+    "transformers.CONFIG_MAPPING",
     "transformers.AutoModel",
     "transformers.AutoModelForCausalLM",
     "transformers.AutoModelForImageTextToText",
@@ -55,6 +61,7 @@ SYMBOLS = (
     "transformers.generation.stopping_criteria.MaxLengthCriteria",
     "transformers.generation.stopping_criteria.StoppingCriteriaList.max_length",
     "transformers.GenerationConfig",
+    "transformers.ProcessorMixin.apply_chat_template",
     "transformers.GenerationMixin",
     "transformers.image_utils.load_image",
     "transformers.initialization.copy_",
@@ -287,6 +294,13 @@ def test_a_moved_target_is_refused_and_named(tiny, monkeypatch):
     monkeypatch.setattr(qwen.Qwen3MLP, "forward", lambda self, hidden_states, new_option=None: hidden_states)
     with pytest.raises(PatchError, match=r"Qwen3MLP\.forward has parameters .*new_option.*, expected \('x',\)"):
         llava15_fast.patch(tiny, "torch")
+
+
+def test_the_attributes_of_the_image_processor():
+    processor = llava15_fast.LlavaOnevision1_5Processor.from_pretrained("assets/scenes_checkpoint").image_processor
+    missing = [name for name in ("size", "merge_size", "patch_size", "temporal_patch_size") if not hasattr(processor, name)]
+    assert not missing, f"transformers {transformers.__version__}: {type(processor).__name__} has no {missing} any more"
+    assert {"shortest_edge", "longest_edge"} <= {*processor.size}
 
 
 def test_the_attributes_of_a_cache():

@@ -2,6 +2,10 @@
 
 import ast
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 import llava15_fast
-from llava15_fast import cli, environment
+from llava15_fast import cli, environment, versions
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,8 +60,8 @@ def test_what_is_installed_is_told_and_inside():
     [("2.13.0+cpu", True), ("2.15.0.dev20260101", True), ("2.16.0", False), ("2.10.1", False), (None, False)],
 )
 def test_a_version_outside_is_seen(monkeypatch, version, inside):
-    installed = environment._installed
-    monkeypatch.setattr(environment, "_installed", lambda name: version if name == "torch" else installed(name))
+    installed = environment.installed
+    monkeypatch.setattr(environment, "installed", lambda name: version if name == "torch" else installed(name))
     found = environment.environment()
     (row,) = [row for row in found["versions"] if row["name"] == "torch"]
     assert row["inside"] is inside
@@ -85,3 +89,45 @@ def test_the_command(capsys):
     assert found == environment.environment()
     assert cli.main(["env"]) == 0
     assert "kernel cache" in capsys.readouterr().out
+
+
+def test_brackets_are_no_markup(monkeypatch):
+    for folder in ("/tmp/a[/b]", "/tmp/[bold]x"):
+        monkeypatch.setenv("TRITON_CACHE_DIR", folder)
+        assert shown(environment.environment()).count(folder) == 2
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "message"),
+    [
+        ("transformers", "4.57.6", r"needs transformers>=5.17,<5.24; here: .*transformers 4\.57\.6"),
+        ("triton", None, r"needs triton>=3.6,<3.10; here: .*triton is missing"),
+        ("python", "3.10.2", r"needs python>=3.11; here: python 3\.10\.2"),
+    ],
+)
+def test_an_old_version_is_an_error_that_names_it(monkeypatch, package, version, message):
+    """Instead of some name that cannot be imported."""
+    real = versions.installed
+    monkeypatch.setattr(versions, "installed", lambda name: version if name == package else real(name))
+    monkeypatch.setattr(versions, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=message):
+        versions.check_versions()
+
+
+def test_a_new_version_is_told_and_tried(monkeypatch, caplog):
+    real = versions.installed
+    monkeypatch.setattr(versions, "installed", lambda name: "5.99.0" if name == "transformers" else real(name))
+    versions.check_versions()
+    assert "transformers 5.99.0 is newer than what this was tested with: >=5.17,<5.24" in caplog.text
+
+
+def test_two_installations_that_are_mixed(tmp_path):
+    """A wheel's kernels under a checkout's package, say."""
+    shutil.copytree(ROOT / "kernels/llava15_kernels", tmp_path / "llava15_kernels")
+    found = []
+    for path in (f"{tmp_path}:{ROOT}", f"{ROOT}:{ROOT / 'kernels'}"):
+        command, environ = [sys.executable, "-c", "import llava15_fast"], {**os.environ, "PYTHONPATH": path}
+        result = subprocess.run(command, env=environ, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        found.append("two installations are mixed" in result.stderr)
+    assert found == [True, False]

@@ -17,6 +17,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+from triton.runtime.errors import OutOfResources, PTXASError
 
 import llava15_fast
 from llava15_fast import LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Processor, patching, text
@@ -389,8 +391,8 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
-def load(folder):
-    return LlavaOnevision1_5ForConditionalGeneration.from_pretrained(folder)
+def load(folder, **options):
+    return LlavaOnevision1_5ForConditionalGeneration.from_pretrained(folder, **options)
 
 
 def sharded(folder, names=("a.safetensors", "b.safetensors")):
@@ -434,8 +436,54 @@ def test_an_index_that_leaves_its_folder(folder, name):
     refused("checkpoint", lambda: load(folder), r"expected a file of the same folder|is missing", OSError)
 
 
+def test_other_ways_out_of_a_folder(folder):
+    """A subfolder, a variant, and the model that an adapter's folder names."""
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(load(folder), peft.LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(folder.parent / "adapter")
+    hostile = folder.parent / "hostile"
+    shutil.copytree(folder, hostile / "sub")
+    (folder.parent / "outside").mkdir()
+    (hostile / "sub/model.safetensors").rename(folder.parent / "outside/model.safetensors")
+    names = dict.fromkeys(load_file(folder / "model.safetensors"), "../../outside/model.safetensors")
+    index = json.dumps({"metadata": {}, "weight_map": names})
+    model_class, inside = LlavaOnevision1_5ForConditionalGeneration, "expected a file of the same folder"
+
+    (hostile / "sub/model.safetensors.index.json").write_text(index)
+    refused("checkpoint", lambda: model_class.from_pretrained(hostile, subfolder="sub"), inside, OSError)
+    for named in (hostile / "sub", str(hostile / "sub")):
+        settings = json.loads((folder.parent / "adapter/adapter_config.json").read_text())
+        settings["base_model_name_or_path"] = str(named)
+        (folder.parent / "adapter/adapter_config.json").write_text(json.dumps(settings))
+        refused("checkpoint", lambda: model_class.from_pretrained(folder.parent / "adapter"), inside, OSError)
+    (hostile / "sub/model.safetensors.index.json").rename(hostile / "sub/model.safetensors.index.fp16.json")
+    refused("checkpoint", lambda: model_class.from_pretrained(hostile / "sub", variant="fp16"), inside, OSError)
+    for content in ("[]", "[" * 100_000):
+        (folder.parent / "adapter/adapter_config.json").write_text(content)
+        refused("checkpoint", lambda: model_class.from_pretrained(folder.parent / "adapter"), r"adapter_config\.json", OSError)
+
+
+def test_a_variant_that_is_sound(folder):
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    assert load(folder, variant="fp16").lm_head.weight.isfinite().all()
+
+
+def test_code_of_a_checkpoint_never_runs(folder):
+    """`trust_remote_code` or not."""
+    (folder / "custom_generate").mkdir()
+    code = f"from pathlib import Path\nPath({str(folder / 'ran')!r}).touch()\ndef generate(*args, **kwargs): pass\n"
+    (folder / "custom_generate/generate.py").write_text(code)
+    (folder / "remote.py").write_text(code)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "remote.Config", "AutoModelForImageTextToText": "remote.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    for model_class in (LlavaOnevision1_5ForConditionalGeneration, AutoModelForImageTextToText):
+        model_class.from_pretrained(folder, trust_remote_code=True)
+    assert not (folder / "ran").exists()
+
+
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "3", "{}", '{"weight_map": 3}', '{"weight_map": []}', '{"weight_map": {"x": 3}}']
+    "text", ["", "{", "[]", "3", "{}", '{"weight_map": 3}', '{"weight_map": []}', '{"weight_map": {"x": 3}}', "[" * 100_000]
 )
 def test_an_unreadable_index(folder, text):
     sharded(folder)
@@ -474,6 +522,12 @@ CONFIGS = [
     ("vision_config", "num_heads", 0), ("vision_config", "num_heads", 3), ("vision_config", "patch_size", 0),
     ("vision_config", "depth", -1), ("vision_config", "hidden_size", 1.5), ("vision_config", "spatial_merge_size", 0),
     ("vision_config", "hidden_act", "nothing"),
+    ("vision_config", "depth", 20_000), ("text_config", "num_hidden_layers", 20_000),
+    *(("vision_config", name, value) for name in (
+        "depth", "num_heads", "patch_size", "spatial_merge_size", "temporal_patch_size", "intermediate_size", "in_channels",
+        "layer_norm_eps", "rope_theta", "attention_dropout",
+    ) for value in ("x", None, [2])),
+    ("vision_config", "layer_norm_eps", -1.0), ("vision_config", "depth", True),
 ]  # fmt: skip
 
 
@@ -624,6 +678,33 @@ def test_a_kernel_that_fails_is_an_error_and_no_answer(tiny, golden, monkeypatch
         torch.testing.assert_close(tiny(**inputs).logits, expected, rtol=0, atol=1e-4)
         llava15_fast.unpatch(tiny)
         assert torch.equal(tiny(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OutOfResources(300_000, 232_448, "shared memory"), PTXASError("ptxas fatal: no such target"), OSError("read-only cache")],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_kernel_that_cannot_be_compiled_is_named(tiny, golden, monkeypatch, error):
+    """With what Triton says, and what to do; the next call is right."""
+    prompt = {key: value for key, value in golden["text"][0].items() if key != "labels"}
+    expected = tiny.generate(**prompt, **GREEDY)
+    llava15_fast.patch(tiny, "triton")
+
+    class Broken:
+        def __getitem__(self, grid):
+            def launch(*args, **kwargs):
+                raise error
+
+            return launch
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["llava15_kernels.qk_norm_rope"], "_qk_norm_rope_kernel", Broken())
+        said = re.escape(str(error).splitlines()[-1])
+        with pytest.raises(RuntimeError, match=rf'qk_norm_rope: .*{said}.*backend="torch" runs without it'):
+            tiny.generate(**prompt, **GREEDY)
+    llava15_fast.patch(tiny, "torch")
+    assert torch.equal(tiny.generate(**prompt, **GREEDY), expected)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU needs a cache to compile into")

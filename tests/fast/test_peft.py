@@ -212,3 +212,70 @@ def test_int8_weight_only_linears(tiny, prompt, patch_first):
     assert not any(fusing.can_fuse(linear) for linear in linears)
     assert not any(row.fallbacks for row in handle.report().rows)
     assert (expected[0] - unquantised[0]).abs().max() > 1e-3  # it is quantised
+
+
+def two_adapters(model):
+    return with_lora(with_lora(model), name="second", seed=2)
+
+
+@pytest.mark.parametrize("names", [["default", "second"], ["__base__", "second"], ["second", "default"]])
+def test_an_adapter_for_each_prompt(tiny, golden, names):
+    """PEFT deals out the prompts of a batch: linear layers have to see which row is whose, padding included."""
+    prompt = {key: value for key, value in golden["text_batch_left_pad"][0].items() if key != "labels"}
+    plain, model = two_adapters(copy.deepcopy(tiny)), two_adapters(tiny)
+    handle = llava15_fast.patch(model, "torch")
+    for inputs, chosen in ((prompt, names), ({key: value[1:] for key, value in prompt.items()}, names[1:])):
+        expected = plain.generate(**inputs, **GREEDY, adapter_names=chosen)
+        assert torch.equal(model.generate(**inputs, **GREEDY, adapter_names=chosen), expected)
+        assert chosen == ["default"] or not torch.equal(model.generate(**inputs, **GREEDY), expected)
+    assert any("has to see the padding" in reason for row in handle.report().rows for reason in row.fallbacks)
+
+
+def test_an_adapter_that_begins_at_a_token(tiny, golden):
+    """Activated LoRA: what stands before its token is left alone."""
+    prompt = {key: value for key, value in golden["text"][0].items() if key != "labels"}
+    tokens = prompt["input_ids"][0, 4:6].tolist()
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False, alora_invocation_tokens=tokens
+    )
+    models = []
+    for model in (copy.deepcopy(tiny), tiny):
+        torch.manual_seed(1)
+        models.append(peft.get_peft_model(model, config).eval())
+    llava15_fast.patch(models[1], "torch")
+    expected, found = (model.generate(**prompt, **GREEDY) for model in models)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["after", "before"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        peft.PrefixTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=4, num_layers=3, token_dim=48, num_attention_heads=6
+        ),
+        peft.PromptEncoderConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=4, num_layers=3, token_dim=48, num_attention_heads=6
+        ),
+    ],
+    ids=["prompt", "prefix", "p-tuning"],
+)  # fmt: skip
+@pytest.mark.parametrize("case", ["text", "text_batch_left_pad"])
+def test_learned_prompts(tiny, golden, case, config, first):
+    """PEFT prepares every step itself."""
+    prompt = {key: value for key, value in golden[case][0].items() if key != "labels"}
+    models = []
+    for model in (copy.deepcopy(tiny), tiny):
+        if model is tiny and first:
+            llava15_fast.patch(model, "torch")
+        torch.manual_seed(0)
+        model = peft.get_peft_model(model, copy.deepcopy(config)).eval()
+        with torch.no_grad():
+            for parameter in model.prompt_encoder.parameters():
+                parameter.normal_()
+        models.append(model)
+    if not first:
+        llava15_fast.patch(models[1], "torch")
+    expected, found = (model.generate(**prompt, **GREEDY) for model in models)
+    assert torch.equal(found, expected)

@@ -219,7 +219,52 @@ def test_counts_must_match(processor):
         processor(text="x", audio=[0.0])
 
 
+@pytest.mark.parametrize("kind", ["array", "frames", "tensor", "uint16"])
+def test_a_dark_frame_is_as_dark_as_it_is(processor, kind):
+    """Numbers from 0 to 255, of which one frame has only 0 and 1: the whole video says what they count."""
+    video = np.random.default_rng(0).integers(0, 256, (3, 56, 56, 3), dtype=np.uint8)
+    video[1] = video[1] > 128
+    expected = processor(videos=[video], text=VIDEO, return_tensors="pt").pixel_values_videos
+    given = video.astype(np.uint16) * 257 if kind == "uint16" else video.astype(np.float32)
+    given = {"frames": list(given), "tensor": torch.from_numpy(given) if kind == "tensor" else None}.get(kind, given)
+    found = processor(videos=[given], text=VIDEO, return_tensors="pt").pixel_values_videos
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_videos_per_prompt(processor):
+    a, b, c = (np.full((2, 56, 56, 3), value, np.uint8) for value in (10, 90, 200))
+    right = processor(text=[VIDEO * 2, VIDEO], videos=[[a, b], [c]], padding=True)
+    assert len(right.video_grid_thw) == 3
+    for videos, counts in (([[a], [b, c]], r"\[1, 2\]"), ([[list(a)], [list(b), list(c)]], r"\[1, 2\]")):
+        with pytest.raises(ValueError, match=rf"videos per prompt are {counts}, but the prompts have \[2, 1\]"):
+            processor(text=[VIDEO * 2, VIDEO], videos=videos, padding=True)
+    frames = processor(text=[VIDEO, VIDEO], videos=[list(a), list(b)], padding=True)  # lists of frames are videos
+    assert frames.video_grid_thw[:, 0].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("name", ["merge_size", "patch_size", "temporal_patch_size"])
+def test_sizes_that_the_model_was_trained_with_cannot_be_changed(processor, name):
+    same = {name: getattr(processor.image_processor, name)}
+    assert processor(images=picture(), text=IMAGE, **same).image_grid_thw.shape == (1, 3)
+    with pytest.raises(ValueError, match=rf"{name} 7: expected {same[name]}"):
+        processor(images=picture(), text=IMAGE, **{name: 7})
+
+
+@pytest.mark.parametrize("value", ["x", [3], True])
+def test_pixel_limits_are_numbers(processor, value):
+    with pytest.raises(ValueError, match=r"min_pixels is .*expected a number"):
+        processor(images=picture(), text=IMAGE, min_pixels=value)
+
+
+def test_tensors_that_hold_no_values_are_named(processor):
+    for tensor in (torch.zeros(3, 8, 8, device="meta"), torch.eye(8).to_sparse()):
+        with pytest.raises(ValueError, match="cannot read an image tensor"):
+            processor(images=tensor, text=IMAGE)
+
+
 def test_bad_videos_are_named(processor):
+    with pytest.raises(ValueError, match="a video has no frames"):
+        processor(videos=np.zeros((0, 56, 56, 3), np.uint8), text=VIDEO)
     with pytest.raises(ValueError, match="different sizes"):
         processor(videos=[picture(56, 56), picture(112, 56)], text=VIDEO)
     with pytest.raises(ValueError, match=r"video 'clip\.mp4': decode it first"):
