@@ -4,6 +4,8 @@
 #              the same on the oldest and the newest triton and transformers that are declared, each in an environment of its own
 # make test-oldest TESTS="tests/fast/test_drift.py"
 #              only these
+# make test-next
+#              the same on releases beyond what is declared
 # make test-others
 #              what is tested together with lmms-eval, PEFT and torchao, beside these
 # All set up their environment first. TORCH_ARGS is what pip is given for torch; by default a CPU build where there is no NVIDIA GPU.
@@ -38,7 +40,7 @@ INSTALL_TORCH = $(BIN)/pip install --quiet torch==$(TORCH_VERSION)+cpu || \
 	$(BIN)/pip install --quiet torch==$(TORCH_VERSION)+cpu --index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: demo test test-oldest test-newest test-others lint clean
+.PHONY: demo test test-oldest test-newest test-next test-others lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/llava15-fast demo
@@ -51,6 +53,9 @@ test-oldest:
 
 test-newest:
 	$(MAKE) test VENV=.venv-newest PINS='$(NEWEST)'
+
+test-next:
+	$(MAKE) test VENV=.venv-next ALONE='--upgrade triton transformers'
 
 test-others:
 	$(MAKE) test VENV=.venv-others PINS='$(OTHERS)' ALONE='$(OTHERS_ALONE)' \
@@ -68,4 +73,4 @@ $(VENV)/ready: setup.py pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-others build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest .venv-next .venv-others build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -26,7 +26,7 @@ setup(
     install_requires=[
         "torch>=2.11,<2.16",
         "triton>=3.6,<3.10",
-        "transformers>=5.17,<5.24",
+        "transformers>=5.17,<5.25",
         "accelerate",  # device_map
         "safetensors",
         "pillow",

@@ -25,6 +25,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from .modeling import LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model
 from .parts import difference, is_replaced
 from .refusal import has_hooks
+from .releases import CACHE
 from .sites import SITES, site_of
 from .text import KNOWN_PADDING, LeftPadding, spans_of
 
@@ -219,7 +220,7 @@ def decode(
         outputs = model(**step_inputs, return_dict=True)
 
     needed = _tokens_needed(ids[:, prompt_length:length], eos_ids)
-    cache = model_kwargs.get("past_key_values", outputs.past_key_values)
+    cache = model_kwargs.get(CACHE, getattr(outputs, CACHE))
     if surplus := length - prompt_length - needed:
         if cache is not None:
             cache.crop(-surplus)
@@ -231,7 +232,7 @@ def decode(
         sequences=sequences,
         scores=tuple(scores[:needed]) if keep_scores else None,
         logits=tuple(raw_logits[:needed]) if keep_logits else None,
-        past_key_values=cache,
+        **{CACHE: cache},
     )
 
 
@@ -259,7 +260,7 @@ def _refusal(
         return "attentions or hidden states are asked for"
     if not model_kwargs.get("use_cache"):
         return "use_cache is off"
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     if cache is not None and (cache.is_compileable or not cache.is_croppable):
         return f"the cache is a {type(cache).__name__} that cannot be cropped"
     return None

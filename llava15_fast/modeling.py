@@ -36,6 +36,7 @@ from llava15_kernels.vision_rope import apply_rope_tables, vision_rope_tables
 
 from .checkpoint import check_checkpoint_files, published_names, register_tensor_names
 from .configuration import LlavaOnevision1_5Config, LlavaOnevision1_5VisionConfig
+from .releases import CACHE
 
 
 def check_device(name: str, tensor: torch.Tensor, module: nn.Module) -> None:
@@ -224,7 +225,7 @@ class LlavaOnevision1_5PreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["Qwen3DecoderLayer", "LlavaOnevision1_5VisionBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -476,6 +477,7 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         image_grid_thw: torch.Tensor | None = None,
         video_grid_thw: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple | BaseModelOutputWithPast:
         """
@@ -486,6 +488,7 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
             pixel_values: (N, 3*14*14) patches of all images, with `image_grid_thw` (images, 3).
             pixel_values_videos: the same for video frames, with `video_grid_thw` (videos, 3).
             mm_token_type_ids: accepted for callers that pass every processor output; not needed.
+            cache: `past_key_values` by its newer name (`releases.py`).
 
         Raises:
             ValueError: placeholders and features, or grids and pixels, do not match.
@@ -511,9 +514,9 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
             input_ids=None,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{CACHE: past_key_values if cache is None else cache},
             **kwargs,
         )
 
@@ -581,6 +584,7 @@ class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel
         video_grid_thw: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple | CausalLMOutputWithPast:
         """As `LlavaOnevision1_5Model.forward`, plus
@@ -593,7 +597,7 @@ class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             pixel_values=pixel_values,
@@ -610,7 +614,7 @@ class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )

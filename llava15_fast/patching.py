@@ -30,6 +30,7 @@ from .graphs import GRAPHS, DecodeGraphs, Graphs
 from .modeling import LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model, LlavaOnevision1_5VisionModel
 from .parts import difference, is_replaced, walk
 from .refusal import inside
+from .releases import CACHE
 from .sites import SITES, Site
 from .snapshot import SEEN, Remembered
 from .tables import as_text
@@ -106,7 +107,7 @@ TARGETS: tuple[Target, ...] = (
     Target(
         "language_model",
         Qwen3Model,
-        ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache", "kwargs"),
+        ("input_ids", "attention_mask", "position_ids", CACHE, "inputs_embeds", "use_cache", "kwargs"),
         text.text_model_forward,
         ("rms_norm + residual", "qk_norm_rope", "flash_attn_varlen_func", "flash_attn_with_kvcache", "silu_and_mul"),
     ),

@@ -46,6 +46,7 @@ from .graphs import GRAPHS, DecodeGraphs, Storages, with_room
 from .kv_cache import adopt
 from .parts import Part, activation_obstacle, obstacle
 from .refusal import attention_refusal, has_hooks, inside, refusal, surroundings
+from .releases import CACHE
 from .sites import site_of
 from .snapshot import SEEN
 
@@ -67,7 +68,7 @@ PARTS = (
             "hidden_states",
             "attention_mask",
             "position_ids",
-            "past_key_values",
+            CACHE,
             "use_cache",
             "position_embeddings",
             "kwargs",
@@ -78,7 +79,7 @@ PARTS = (
     Part(
         "layers.*.self_attn",
         Qwen3Attention,
-        ("hidden_states", "position_embeddings", "attention_mask", "past_key_values", "kwargs"),
+        ("hidden_states", "position_embeddings", "attention_mask", CACHE, "kwargs"),
     ),
     Part("layers.*.self_attn.q_norm", Qwen3RMSNorm, _NORM),
     Part("layers.*.self_attn.k_norm", Qwen3RMSNorm, _NORM),
@@ -116,13 +117,15 @@ def text_model_forward(
     past_key_values: Cache | None = None,
     inputs_embeds: torch.Tensor | None = None,
     use_cache: bool | None = None,
+    cache: Cache | None = None,
     **kwargs: Any,
 ) -> Any:
+    past_key_values = past_key_values if cache is None else cache
     inputs = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "position_ids": position_ids,
-        "past_key_values": past_key_values,
+        CACHE: past_key_values,
         "inputs_embeds": inputs_embeds,
         "use_cache": use_cache,
         **kwargs,
@@ -157,13 +160,13 @@ def text_model_forward(
     layout = TextLayout.of(module, given, padding or attention_mask, position_ids, past_key_values, goes_on)
     if isinstance(layout, str):
         site.fall_back(layout)
-        return type(module).forward(module, **{**inputs, "past_key_values": past_key_values})
+        return type(module).forward(module, **{**inputs, CACHE: past_key_values})
 
     if not seen.plain and layout.rows is None:
         layout = replace(layout, shape=tuple(given.shape[:2]))
     elif not seen.row_by_row and layout.rows is not None:
         site.fall_back("a linear layer has to see the padding, which is left out")
-        return type(module).forward(module, **{**inputs, "past_key_values": past_key_values})
+        return type(module).forward(module, **{**inputs, CACHE: past_key_values})
     embeds = module.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
     hidden_states = _replay(module, seen, embeds, layout, past_key_values)
     if hidden_states is None:
@@ -173,7 +176,7 @@ def text_model_forward(
     if past_key_values is not None:
         for layer in past_key_values.layers:
             layer.advance(embeds.shape[1])
-    return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None)
+    return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: past_key_values if use_cache else None})
 
 
 def _text_refusal(module: nn.Module, given: torch.Tensor, options: dict[str, Any]) -> str | None:

@@ -37,6 +37,7 @@ from llava15_kernels.testing import worst
 from . import text, vision
 from .modeling import LlavaOnevision1_5ForConditionalGeneration
 from .patching import Report, _find_model, patch, patched, unpatch
+from .releases import CACHE
 from .tables import as_text
 
 Part = Callable[[torch.Tensor], torch.Tensor]
@@ -351,7 +352,7 @@ def _forced_logits(root: nn.Module, inputs: dict[str, torch.Tensor], ids: torch.
             input_ids=ids[:, step : step + 1],
             attention_mask=mask,
             position_ids=_positions(mask)[:, -1:],
-            past_key_values=output.past_key_values,
+            past_key_values=getattr(output, CACHE),
             use_cache=True,
             logits_to_keep=1,
         )

@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 
 logger = logging.getLogger("llava15_fast")
 
-DECLARED = {"python": ">=3.11", "torch": ">=2.11,<2.16", "triton": ">=3.6,<3.10", "transformers": ">=5.17,<5.24"}
+DECLARED = {"python": ">=3.11", "torch": ">=2.11,<2.16", "triton": ">=3.6,<3.10", "transformers": ">=5.17,<5.25"}
 """What the installation asks for; a checkout that was never installed has no metadata to read it from."""
 
 

@@ -21,6 +21,7 @@ import llava15_fast
 from llava15_fast import generation, kv_cache
 from llava15_fast.patching import TARGETS, PatchError
 from llava15_fast.refusal import has_hooks, inside
+from llava15_fast.releases import CACHE
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,6 +88,7 @@ SYMBOLS = (
     "transformers.Qwen3Model",
     "transformers.utils.can_return_tuple",
     "transformers.utils.output_capturing.capture_outputs",
+    "triton.errors.TritonError",
     "triton.knobs.cache",
     "triton.knobs.runtime.interpret",
     "triton.runtime.interpreter.GridExecutor",
@@ -103,7 +105,7 @@ SIGNATURES = {
     f"{_MIXIN}._sample": ("input_ids logits_processor stopping_criteria generation_config synced_gpus streamer **model_kwargs"),
     f"{_MIXIN}._update_model_kwargs_for_generation": "outputs model_kwargs is_encoder_decoder num_new_tokens",
     f"{_MIXIN}.prepare_inputs_for_generation": (
-        "input_ids next_sequence_length past_key_values attention_mask inputs_embeds is_first_iteration **kwargs"
+        f"input_ids next_sequence_length {CACHE} attention_mask inputs_embeds is_first_iteration **kwargs"
     ),
     f"{_MIXIN}._expand_inputs_for_generation": "expand_size is_encoder_decoder input_ids **model_kwargs",
     f"{_LAYER}.crop": "tokens_to_remove",
@@ -326,7 +328,7 @@ def test_a_callable_for_custom_generate_gets_what_our_loop_takes(tiny):
     release = f"transformers {transformers.__version__}"
     assert seen["length"] == 7, f"{release}: the stopping criteria's max_length is {seen['length']}"
     assert int(seen["pad"]) == 0, f"{release}: generation_config._pad_token_tensor is {seen['pad']}"
-    expected = {"use_cache", "past_key_values", "attention_mask"}
+    expected = {"use_cache", CACHE, "attention_mask"}
     assert expected <= seen.keys(), f"{release}: generate passes {sorted(seen)}"
 
 

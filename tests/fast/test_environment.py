@@ -100,7 +100,7 @@ def test_brackets_are_no_markup(monkeypatch):
 @pytest.mark.parametrize(
     ("package", "version", "message"),
     [
-        ("transformers", "4.57.6", r"needs transformers>=5.17,<5.24; here: .*transformers 4\.57\.6"),
+        ("transformers", "4.57.6", r"needs transformers>=5.17,<5.25; here: .*transformers 4\.57\.6"),
         ("triton", None, r"needs triton>=3.6,<3.10; here: .*triton is missing"),
         ("python", "3.10.2", r"needs python>=3.11; here: python 3\.10\.2"),
     ],
@@ -118,7 +118,7 @@ def test_a_new_version_is_told_and_tried(monkeypatch, caplog):
     real = versions.installed
     monkeypatch.setattr(versions, "installed", lambda name: "5.99.0" if name == "transformers" else real(name))
     versions.check_versions()
-    assert "transformers 5.99.0 is newer than what this was tested with: >=5.17,<5.24" in caplog.text
+    assert "transformers 5.99.0 is newer than what this was tested with: >=5.17,<5.25" in caplog.text
 
 
 def test_two_installations_that_are_mixed(tmp_path):
