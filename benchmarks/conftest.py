@@ -1,12 +1,18 @@
 """Microbenchmarks by pytest-benchmark; `make test` does not come here.
 
-PYTHONPATH=kernels python -m pytest benchmarks --benchmark-json=FILE [-k rms_norm]
+    PYTHONPATH=kernels python -m pytest benchmarks --benchmark-json=FILE [-k rms_norm]
+
+Without a GPU the kernels run in Triton's interpreter, at tiny sizes: what is timed says nothing, what is wrong is seen.
 """
 
+import os
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
 from benchmarks.gpu_check import Run
 from benchmarks.rows import Rows, environment

@@ -16,6 +16,9 @@ Random weights at the real shapes, random images and prompts; nothing is downloa
 |                           | empty kernel cache on disk, `kernels_compiled` that no earlier shape had compiled          |
 | `peak_gb`                 | the most memory that torch held during `generate`, weights included                        |
 
+A row of a patched model says what `ran` in each part, by backend; where the original ran instead, it is wrong and has no times.
+Rows of a CPU are marked as `dry_run`: its times say nothing about a GPU.
+
 Before a provider is timed it is verified on the timed prompts: logits of the last prompt token and of `FORCED` given tokens
 after it, decoded one by one (through the graph, where there is one), against the same weights in float32, by the error rule of
 `llava15_kernels.testing` with transformers' sdpa as what may be expected of the dtype. In float32 the token ids have to be
@@ -40,7 +43,7 @@ import torch
 import triton
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import Qwen3ForCausalLM, StaticCache
+from transformers import StaticCache
 from transformers.initialization import no_init_weights
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -194,18 +197,32 @@ def preprocess(config: LlavaOnevision1_5Config, images: list[np.ndarray]) -> dic
 
 @dataclass(frozen=True)
 class Answerer:
-    """A model set up to answer: `generate` and plain forwards of it; `cache()` for the latter."""
+    """A model set up to answer: `generate` and plain forwards of it; `cache()` for the latter; `handle` of a patched one."""
 
     model: Any
     options: dict[str, Any]
     cache: Callable[[int], Any] = lambda tokens: None
+    handle: llava15_fast.PatchHandle | None = None
+
+    def ran(self) -> dict[str, Any]:
+        """What is to be said of a patched model: calls of each part by backend.
+
+        Raises:
+            AssertionError: the original ran instead, so that no time is ours.
+        """
+        if self.handle is None:
+            return {}
+        found = self.handle.report().rows
+        instead = {row.path: row.fallbacks for row in found if row.fallbacks}
+        assert not instead, f"the original ran instead: {instead}"
+        return {"ran": {row.path: row.ran for row in found if row.ran}}
 
 
 @contextlib.contextmanager
 def _patched(model: Any, shape: Shape, **options: Any) -> Iterator[Answerer]:
     model.set_attn_implementation("sdpa")
-    with llava15_fast.patched(model, **options):
-        yield Answerer(model, {})
+    with llava15_fast.patched(model, **options) as handle:
+        yield Answerer(model, {}, handle=handle)
 
 
 @contextlib.contextmanager
@@ -216,19 +233,10 @@ def _unpatched(model: Any, shape: Shape, attention: str) -> Iterator[Answerer]:
 
 @contextlib.contextmanager
 def _static(model: Any, shape: Shape) -> Iterator[Answerer]:
-    """transformers' fastest way with the text model: a static cache, and on a GPU its decode step compiled.
-
-    Raises:
-        NotImplementedError: there are images; transformers knows only the plain text model.
-    """
-    if shape.images:
-        raise NotImplementedError("for text only")
+    """transformers' fastest way: a static cache, and on a GPU its decode step compiled."""
     model.set_attn_implementation("sdpa")
-    with torch.device("meta"), no_init_weights():
-        text = Qwen3ForCausalLM(model.config.text_config).eval()
-    text.model, text.lm_head = model.model.language_model, model.lm_head
     try:
-        yield Answerer(text, {"cache_implementation": "static"}, lambda tokens: StaticCache(text.config, tokens))
+        yield Answerer(model, {"cache_implementation": "static"}, lambda tokens: StaticCache(model.config.text_config, tokens))
     finally:
         torch._dynamo.reset()
 
@@ -418,10 +426,9 @@ def measure(
             with PROVIDERS[provider](model, shape) as answerer:
                 first = time_first_call(answerer, prompts, shape, end, is_ours(provider))
                 row |= verifier.check(answerer, f"{name}, {shape}, {provider}")
-                row |= first | time_answers(answerer, prompts, shape, end, repeats)
+                times = first | time_answers(answerer, prompts, shape, end, repeats)
+                row |= answerer.ran() | times
             yield {**row, "status": "ok"}
-        except NotImplementedError as reason:
-            yield {**row, "status": str(reason)}
         except AssertionError as error:
             yield {**row, "status": "wrong", "verified": False, "error": str(error)}
         except Exception as error:
@@ -459,7 +466,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.generate",
         description="Times whole answers of the model: preprocessing, first token, every further token, memory, first call; "
-        "patched, unpatched with transformers' attentions, and the plain text model with a static cache and torch.compile. "
+        "patched, unpatched with transformers' attentions, and with its static cache and torch.compile. "
         "Each provider is verified before it is timed. Several values of an option are combined with each other.",
     )
     several: dict[str, Any] = {"nargs": "+", "metavar": "N"}
@@ -508,8 +515,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--image-size {odd[0]}: expected a multiple of {side}, so that nothing is resized")
     shapes = list(dict.fromkeys(shape if shape.images else Shape(0, 0, *list(asdict(shape).values())[2:]) for shape in shapes))
     providers = arguments.provider or list(PROVIDERS)
-    rows = Rows(arguments.out, "generate", environment(arguments.commit), resume=True)
-    before = len(rows.rows)
+    rows = Rows(arguments.out, "generate", environment(arguments.commit))
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
     wrong = 0
     try:
@@ -519,16 +525,16 @@ def main(argv: list[str] | None = None) -> int:
             for shape in shapes:
                 progress.update(task, description=str(shape))
                 for row in measure(model, arguments.config, shape, providers, arguments.repeats, device):
-                    rows.add(kind="generate", dry_run=False, **row)
+                    rows.add(kind="generate", dry_run=device.type != "cuda", **row)
                     rows.log(describe(row))
                     wrong += row["status"] in ("wrong", "failed", "cannot verify")
                     progress.advance(task)
     except OSError as error:  # a checkpoint that lacks a file, a full disk
         parser.error(str(error).splitlines()[0])
     except KeyboardInterrupt:
-        rows.log(f"stopped by hand; {len(rows.rows) - before} new rows are in {rows.file}")
+        rows.log(f"stopped by hand; {len(rows.rows)} new rows are in {rows.file}")
         return 130
-    rows.log(f"{len(rows.rows) - before} new rows in {rows.file}" + (f"; {wrong} of them wrong or failed" if wrong else ""))
+    rows.log(f"{len(rows.rows)} new rows in {rows.file}" + (f"; {wrong} of them wrong or failed" if wrong else ""))
     return 1 if wrong else 0
 
 

@@ -7,7 +7,7 @@ of the 4B and the 8B against sdpa; the tests of `generate` with real graphs; eac
 against torch; what a call costs the host; tiny kernels in CUDA graphs; whole answers; the competitors that have to be compiled;
 float16; the other kernel tests. Competitors that are not installed are taken from a folder of wheels (`--wheels`). Each
 finished measurement is a line of `DIR/gpu_check.jsonl` at once, so that a run which is cut off still counts, and `--resume`
-goes on where it stopped.
+goes on where it stopped. Another run adds to the file.
 
 A section is a function that yields `Item`s, registered with `@section`: nothing else has to know of it.
 """
@@ -37,10 +37,11 @@ from rich.console import Console
 from rich.progress import track
 
 import llava15_kernels
+from llava15_kernels._dispatch import default_backend
 
 from .cases import Case, Checker, Provider, Unavailable, cases, plain
 from .host_time import host_rows, token_row
-from .rows import ROOT, Rows, environment, output_folder
+from .rows import ROOT, Rows, environment, output_folder, positive_seconds
 from .timing import Call, Timing, device_time, graph_time
 
 GRACE = 20
@@ -83,6 +84,10 @@ class Run:
     def failures(self) -> list[str]:
         """The items that found something wrong, those that a resumed run had before it included."""
         return sorted({row["item"] for row in self.rows.rows if is_failure(row)})
+
+    def backend(self) -> str:
+        """What ours are on this device."""
+        return default_backend(self.device) + (", interpreted" if llava15_kernels.INTERPRETED else "")
 
     def dtypes(self) -> list[torch.dtype]:
         """Triton's interpreter has no working bfloat16 arithmetic."""
@@ -302,9 +307,11 @@ def measure(run: Run, case: Case, dtype: torch.dtype, providers: dict[str, Provi
         try:
             call = provider(*checker.inputs)
             if name == "ours":
+                row["backend"] = run.backend()
                 checker.check_ours()
             elif name != "copy":
                 checker.check(call())
+            timing = device_time(call, run.device, run.budget())
         except Unavailable as reason:
             run.add("time", **row, status=str(reason))  # "not installed", say
             continue
@@ -319,7 +326,6 @@ def measure(run: Run, case: Case, dtype: torch.dtype, providers: dict[str, Provi
             run.add("time", **row, **verdict, error=short(error))
             run.rows.log(f"{case.id} {about['dtype']} {name}: {verdict['status']}: {short(error)}")
             continue
-        timing = device_time(call, run.device, run.budget())
         run.add("time", **row, status="ok", verified=True, **timing.fields(), **rates(run, case, checker, timing, dtype))
         log_timing(run, case.id, name, about["dtype"])
 
@@ -392,7 +398,7 @@ def host(run: Run) -> Iterator[Item]:
             )
 
     def measure_token() -> None:
-        row = token_row(run.device, 2 if run.dry else 40)
+        row = token_row(run.device, **({"rounds": 2, "tokens": 4, "layers": 2} if run.dry else {"rounds": 40}))
         run.add("host_token", **row)
         run.rows.log(f"a replayed token of {row['layers']} layers: host {row['token_us']} us{dry_mark(run)}")
 
@@ -431,7 +437,7 @@ def whole_answers(run: Run) -> Iterator[Item]:
     for title, shapes, seconds in (
         ("about an image", [(1120, 1, 1, 64, 256)], 45),
         ("behind 8192 tokens", [(0, 0, 1, 8192, 64)], 40),
-        ("about small and large images", [(560, 1, 1, 64, 16), (1568, 1, 1, 64, 16)], 40),
+        ("about small, large and several images", [(560, 1, 1, 64, 16), (1568, 1, 1, 64, 16), (560, 4, 1, 64, 16)], 50),
         ("in batches", [(0, 0, 4, 1024, 64), (0, 0, 16, 1024, 64)], 60),
     ):
         for config in CONFIGS:
@@ -484,7 +490,7 @@ def items_of(run: Run, select: str) -> list[tuple[str, Item]]:
 
 def run_all(run: Run, select: str) -> None:
     """Every item that is not in the file yet, until the time is up. Raises DeviceLost."""
-    done = {row["item"] for row in run.rows.rows if row["kind"] == "item"}
+    done = {row["item"] for row in run.rows.rows if row["kind"] == "item" and row["status"] != "out of time"}
     not_run = []
     for name, item in track(items_of(run, select), "checking", console=Console(stderr=True), transient=True):
         if name in done:
@@ -544,7 +550,7 @@ def main(argv: list[str] | None = None) -> int:
         "--out", type=output_folder, default=Path("gpu_check"), metavar="DIR", help="The folder of the two files."
     )
     parser.add_argument(
-        "--seconds", type=float, default=500, metavar="N",
+        "--seconds", type=positive_seconds, default=500.0, metavar="N",
         help="The time box. What does not fit is listed in the last row. By default 500.",
     )  # fmt: skip
     parser.add_argument(
@@ -573,6 +579,9 @@ def main(argv: list[str] | None = None) -> int:
     if not (arguments.dry_run or torch.cuda.is_available()):
         print("This machine has no GPU that torch can use; --dry-run tries everything on the CPU.", file=sys.stderr)
         return 2
+    if arguments.dry_run and not llava15_kernels.INTERPRETED:
+        # It is decided when the kernels are imported; without it their torch counterparts would be tried in their place.
+        anew(sys.argv[1:] if argv is None else argv, TRITON_INTERPRET="1")
     device = torch.device("cpu" if arguments.dry_run else "cuda")
     if not items_of(Run(None, device, 0), arguments.select):
         parser.error(f"--select {arguments.select!r}: no item has this in its name; --list prints them")
@@ -610,8 +619,11 @@ def unpacked(folder: Path) -> str:
 
 def start_anew(argv: list[str], seconds: float) -> None:
     """Replaces this process by one that goes on after the item that lost the device."""
-    command = [sys.executable, "-m", "benchmarks.gpu_check", *argv, "--resume", "--seconds", f"{max(seconds, 0):.0f}"]
-    os.execv(sys.executable, command)
+    anew([*argv, "--resume", "--seconds", f"{max(seconds, 1):.0f}"])
+
+
+def anew(argv: list[str], **environ: str) -> None:
+    os.execve(sys.executable, [sys.executable, "-m", "benchmarks.gpu_check", *argv], {**os.environ, **environ})
 
 
 if __name__ == "__main__":

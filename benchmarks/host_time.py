@@ -192,7 +192,7 @@ LAYERS = 36
 
 
 @torch.inference_mode()
-def token_row(device: torch.device, rounds: int, tokens: int = 64) -> dict[str, Any]:
+def token_row(device: torch.device, rounds: int, tokens: int = 64, layers: int = LAYERS) -> dict[str, Any]:
     """A replayed token, by the difference between a long and a short answer; the least of all rounds."""
     # transformers: the kernels are measured without it.
     import llava15_fast
@@ -201,8 +201,8 @@ def token_row(device: torch.device, rounds: int, tokens: int = 64) -> dict[str, 
     from .generate import tiny_config
 
     config = tiny_config()
-    config.text_config.num_hidden_layers = LAYERS
-    config.text_config.layer_types = config.text_config.layer_types[:1] * LAYERS
+    config.text_config.num_hidden_layers = layers
+    config.text_config.layer_types = config.text_config.layer_types[:1] * layers
     model = llava15_fast.LlavaOnevision1_5ForConditionalGeneration(config).eval().to(device)
     ids, x = torch.ones(1, 8, dtype=torch.long, device=device), torch.randn(4, 128, device=device)
 
@@ -219,7 +219,7 @@ def token_row(device: torch.device, rounds: int, tokens: int = 64) -> dict[str, 
         answer(4)
         token = min(answer(4 + tokens) - answer(4) for _ in range(max(rounds // 4, 2))) / tokens
     add = host_times({"add": lambda: torch.add(x, x)}, device, rounds, 50)["add"].p10
-    return {"layers": LAYERS, "token_us": round(token, 1), "token_in_adds": round(token / add)}
+    return {"layers": layers, "token_us": round(token, 1), "token_in_adds": round(token / add)}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,8 +10,8 @@
 | modelled  | the same: counts at the rates of a data sheet                                   |
 | published | `published.json`: others' own words                                             |
 
-Only rows that were verified count, of several of one device the last; rows of two devices are never compared. Where a number
-was not measured, "not measured yet" stands.
+Only rows that were verified count, and of each case those of the run that timed ours last, so that what is compared comes from
+one run; rows of two devices are never compared. Where a number was not measured, "not measured yet" stands.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ BEGIN, END = "<!-- speed: written by python -m benchmarks.report -->", "<!-- end
 NOT_YET = "not measured yet"
 
 Row = dict[str, Any]
+SHAPE = ("config", "images", "image_size", "batch", "context", "new_tokens")
+"""What is asked, among the fields of a row of `benchmarks.generate`."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Evidence:
     """Everything that was committed.
 
     Attributes:
-        rows: of GPU runs, verified, oldest first.
+        rows: of GPU runs, verified, oldest first; of each case those of one run.
         roofline: config -> document of `benchmarks.roofline`.
         cpu: document of `benchmarks.cpu_ratio`, or None.
         published: `published.json`.
@@ -63,7 +65,7 @@ class Evidence:
         folder = root / BENCHMARKS / "results"
         cpu = folder / "cpu/ratio.json"
         return cls(
-            [row for row in results(folder) if not row.get("dry_run") and row.get("verified")],
+            of_last_runs([row for row in results(folder) if not row.get("dry_run")]),
             {file.stem: json.loads(file.read_text()) for file in sorted((folder / "roofline").glob("*.json"))},
             verified_only(json.loads(cpu.read_text())) if cpu.is_file() else None,
             json.loads((root / BENCHMARKS / "published.json").read_text()),
@@ -98,8 +100,22 @@ class Evidence:
 
 
 def verified_only(document: Row) -> Row:
-    """Rows of before there was such a field exist only where all was verified."""
-    return {**document, "rows": [row for row in document["rows"] if row.get("verified", True)]}
+    return {**document, "rows": [row for row in document["rows"] if row["verified"]]}
+
+
+CASE = ("device", "kind", "dtype", "kernel", "case", *SHAPE)
+"""What rows that are compared have in common."""
+
+
+def of_last_runs(rows: list[Row]) -> list[Row]:
+    """The verified rows, of each case those of the run that tried ours last: if it was wrong then, no time of it stands."""
+
+    def case(row: Row) -> tuple[Any, ...]:
+        return tuple(row.get(name) for name in CASE)
+
+    rows = sorted(rows, key=lambda row: row["started"])
+    last = {case(row): row["started"] for row in rows if row.get("provider") in ("ours", "patched")}
+    return [row for row in rows if row.get("verified") and row["started"] == last.get(case(row), row["started"])]
 
 
 # --- tables
@@ -194,9 +210,6 @@ def answers_table(evidence: Evidence) -> str:
     return table(*rows) if len(rows) > 1 else f"{NOT_YET.capitalize()}."
 
 
-SHAPE = ("config", "images", "image_size", "batch", "context", "new_tokens")
-
-
 def shapes_table(evidence: Evidence) -> str:
     """Every shape that was measured, patched beside sdpa."""
     title = "**Every shape**, patched / sdpa, measured"
@@ -245,7 +258,7 @@ def published_table(evidence: Evidence) -> str:
                 everywhere(evidence, lambda one, wanted=figure["ours"]: ours_beside(one, wanted)),
                 figure["value"],
                 f"{figure['by']}, {figure['on']}",
-                figure["source"],
+                f"[{figure['source']}]({figure['url']})",
             )
         )
     return table(*rows)

@@ -1,6 +1,7 @@
 """Where measurements go: one JSON-lines file and one log, each line on the disk before the next measurement begins.
 
-A run that is cut off leaves every row it finished. Each row stands alone: device, driver, versions and commit are in it.
+A run that is cut off leaves every row it finished, and the next one adds to them. Each row stands alone: device, driver,
+versions, commit and when its run began are in it.
 """
 
 from __future__ import annotations
@@ -84,6 +85,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def positive_seconds(text: str) -> float:
+    """A type of arguments."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return value
+
+
 def output_folder(text: str) -> Path:
     """A type of arguments: a folder that is there or can be made."""
     path = Path(text)
@@ -109,18 +121,22 @@ def write_document(file: Path, document: dict[str, Any]) -> None:
 
 
 class Rows:
-    """Appends rows to `folder/<stem>.jsonl` and lines to `folder/<stem>.log`; the lines go to stderr too."""
+    """Appends rows to `folder/<stem>.jsonl` and lines to `folder/<stem>.log`; the lines go to stderr too.
+
+    Attributes:
+        rows: of this run; with `resume` all that are in the file, and this run is the one that was begun last.
+    """
 
     def __init__(self, folder: Path, stem: str, common: dict[str, Any], resume: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.file, self._log = folder / f"{stem}.jsonl", folder / f"{stem}.log"
-        self.common = common
-        if not resume:
-            self.file.write_text("")
-            self._log.write_text("")
-        elif self.file.is_file() and not self.file.read_text().endswith("\n"):
+        if self.file.is_file() and self.file.read_text()[-1:] not in ("", "\n"):
             _append(self.file, "")  # ends a line that was cut off
-        self.rows = read(self.file)
+        self.rows = read(self.file) if resume else []
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.common = {"started": self.rows[-1]["started"] if self.rows else now, **common}
+        if not self.file.is_file():
+            self.file.write_text("")
 
     def add(self, **row: Any) -> None:
         row = {**row, **self.common}

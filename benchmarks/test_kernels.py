@@ -77,5 +77,6 @@ def test_kernel(case: str, name: str, checker: Checker, benchmark: Any, run: Run
     host = host_times({name: call}, DEVICE, rounds=5, batch=20 if GPU else 2)[name]
     benchmark.extra_info.update(
         kernel=about.kernel, case=about.name, shape=about.shape, dtype=name_of(dtype), provider=name, verified=True,
+        backend=run.backend() if name == "ours" else None, dry_run=run.dry,
         host_us=round(host.p50, 2), **timing.fields(), **rates(run, about, checker, timing, dtype),
     )  # fmt: skip

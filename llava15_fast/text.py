@@ -117,10 +117,10 @@ def text_model_forward(
     past_key_values: Cache | None = None,
     inputs_embeds: torch.Tensor | None = None,
     use_cache: bool | None = None,
-    cache: Cache | None = None,
     **kwargs: Any,
 ) -> Any:
-    past_key_values = past_key_values if cache is None else cache
+    if (cache := kwargs.pop("cache", None)) is not None:  # its other name, see `releases.CACHE`
+        past_key_values = cache
     inputs = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,

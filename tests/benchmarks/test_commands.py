@@ -87,7 +87,7 @@ def test_a_wrong_result_has_no_ratio(tmp_path, monkeypatch, capsys):
     assert cpu_ratio.main(["--json", str(file), "--pairs", "2", "--select", "prefill, padded"]) == 1
     found = json.loads(file.read_text())["rows"]
     assert len(found) == 4 and not any(row["verified"] or "median" in row for row in found)
-    assert capsys.readouterr().out.count("WRONG") == 2
+    assert capsys.readouterr().out.count("WRONG") == 4
 
 
 @needs_no_gpu

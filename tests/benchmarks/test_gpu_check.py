@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import gpu_check, rows, timing
 from benchmarks.cases import Case, Checker, cases, plain
-from benchmarks.gpu_check import DeviceLost, Item, Run
+from benchmarks.gpu_check import DeviceLost, Item, OutOfTime, Run
 from benchmarks.rows import Rows
 from benchmarks.timing import Timing
 from llava15_kernels import norms
@@ -23,12 +23,14 @@ ENVIRONMENT = {"device", "driver", "torch", "triton", "python", "commit", "sourc
 
 def check(folder, *arguments):
     """(status, rows) of a dry run in this process: the kernels in the interpreter."""
+    file = folder / "gpu_check.jsonl"
+    before = 0 if "--resume" in arguments else len(rows.read(file))
     status = gpu_check.main(["--dry-run", "--out", str(folder), *arguments])
-    return status, rows.read(folder / "gpu_check.jsonl")
+    return status, rows.read(file)[before:]
 
 
 def module(*arguments):
-    """A run as users start it, without the interpreter."""
+    """A run as users start it, without a word of the interpreter."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": "kernels", "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -59,7 +61,7 @@ def test_compiled_competitors_run_from_an_uninstalled_checkout(tmp_path):
     result = module("benchmarks.gpu_check", "--dry-run", "--out", str(tmp_path), "--select", "compiled: ")
     assert result.returncode == 0, result.stderr[-2000:]
     found = [row for row in rows.read(tmp_path / "gpu_check.jsonl") if row.get("provider") not in (None, "ours", "copy")]
-    assert {row["status"] for row in found} == {"ok"} and {row["dtype"] for row in found} == {"bfloat16"}
+    assert {row["status"] for row in found} == {"ok"} and {row["dtype"] for row in found} == {"float16"}
     assert {row["provider"] for row in found} == {"FlexAttention", "torch.compile", "torch.compile, one image"}
 
 
@@ -156,12 +158,37 @@ def test_what_was_finished_stays_when_stopped_and_resume_goes_on(tmp_path, monke
     assert status == 0 and [row["text"] for row in found if row["kind"] == "note"] == ["s: a", "s: b", "s: c"]
 
 
+def test_another_run_adds_and_what_ran_out_of_time_is_run_again(tmp_path, monkeypatch):
+    def too_long(run):
+        run.add("note", text="half done")
+        raise OutOfTime("after half of it")
+
+    items(monkeypatch, a=noted, b=too_long)
+    _, first = check(tmp_path)
+    items(monkeypatch, a=noted, b=noted)
+    _, resumed = check(tmp_path, "--resume")
+    assert [row["text"] for row in resumed if row["kind"] == "note"] == ["s: a", "half done", "s: b"]
+    assert len({row["started"] for row in resumed}) == 1, "one run"
+    _, another = check(tmp_path)
+    assert rows.read(tmp_path / "gpu_check.jsonl") == [*resumed, *another] and len(another) == len(first)
+
+
+@needs_no_gpu
+def test_a_dry_run_tries_the_kernels(tmp_path):
+    """Not their torch counterparts: without the interpreter it starts itself anew with it."""
+    select = ["--select", "kernels: rms_norm 4096x4096 float16"]
+    result = module("benchmarks.gpu_check", "--dry-run", "--out", str(tmp_path), *select)
+    assert result.returncode == 0, result.stderr[-2000:]
+    (ours,) = [row for row in rows.read(tmp_path / "gpu_check.jsonl") if row.get("provider") == "ours"]
+    assert ours["backend"] == "triton, interpreted" and ours["verified"]
+
+
 def test_a_lost_device_is_met_by_a_new_process_after_the_item(tmp_path, monkeypatch):
     def lost(run):
         raise DeviceLost("illegal memory access")
 
     started = []
-    monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
+    monkeypatch.setattr(os, "execve", lambda program, command, environ: started.append(command))
     items(monkeypatch, a=noted, b=lost, c=noted)
     check(tmp_path, "--seconds", "100")
     command = started[0]
@@ -198,6 +225,7 @@ MISTAKES = {
     "--select nothing": "no item has this in its name",
     "--wheels tests": "no wheels",
     "--out README.md": "README.md is a file",
+    "--seconds -3": "'-3' is not a positive number of seconds",
 }
 
 
