@@ -7,7 +7,7 @@
 # make test-next
 #              the same on releases beyond what is declared
 # make test-others
-#              what is tested together with lmms-eval, PEFT and torchao, beside these
+#              what is tested together with lmms-eval, PEFT, torchao and Hugging Face's kernels, beside these
 # All set up their environment first. TORCH_ARGS is what pip is given for torch; by default a CPU build where there is no NVIDIA GPU.
 
 PYTHON ?= python3
@@ -23,7 +23,7 @@ PINS ?=
 OLDEST := "triton==3.6.*" "transformers==5.17.*" "numpy<2.4"
 NEWEST := --upgrade triton transformers
 # lmms-eval asks for hundreds of packages, torchvision among them; these are what it imports for a task of images and text.
-OTHERS := peft torchao datasets decord evaluate jsonlines levenshtein loguru lxml nltk numexpr pytablewriter python-dotenv \
+OTHERS := peft torchao kernels==0.16.2 datasets decord evaluate jsonlines levenshtein loguru lxml nltk numexpr pytablewriter python-dotenv \
 	sacrebleu scikit-learn tenacity
 OTHERS_ALONE := lmms-eval==0.7.3 latex2sympy2==1.9.1
 # What is installed without what it asks for.

@@ -55,7 +55,9 @@ def commit_of(root: Path) -> str:
     """The commit of the checkout at `root`; without its history what the file COMMIT says, or "unknown"."""
     top = _output("git", "-C", str(root), "rev-parse", "--show-toplevel")
     if top and Path(top).resolve() == root.resolve():  # and not a repository that the folder happens to lie in
-        changed = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+        # A run before this one may have left its results.
+        what = ("--", ".", ":!benchmarks/results")
+        changed = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", *what)
         return _output("git", "-C", str(root), "rev-parse", "HEAD") + ("-changed" if changed else "")
     named = root / "COMMIT"
     return named.read_text().strip() if named.is_file() else "unknown"
