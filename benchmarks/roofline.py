@@ -84,8 +84,8 @@ class Assumptions:
         gap_us: microseconds of the device per launch besides its work. About 1.3 was seen in replayed CUDA graphs.
         operator_us: microseconds of the host per operator of torch; 21.8 ms per token of 2335 operators (Qwen's speed
             benchmark on an H20) make 9.3.
-        ours_us: microseconds of the host per call of a kernel of ours: 10 to 16 times `torch.add` on a CPU
-            (`results/cpu/host_time.json`), and 5 to 15 for Triton's launch.
+        ours_us: microseconds of the host per call of a kernel of ours: 11 to 23 times `torch.add` on a CPU, 36
+            times for attention through descriptors (`results/cpu/host_time.json`), and 5 to 15 for Triton's launch.
     """
 
     bandwidth: Range = Range(0.90, 0.80)
