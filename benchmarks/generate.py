@@ -35,6 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import llava15_fast
 from llava15_fast import LlavaOnevision1_5Config, LlavaOnevision1_5ForConditionalGeneration
+from llava15_fast.releases import CACHE
 from llava15_fast.verification import exact_float32
+from llava15_kernels._dispatch import Backend
 from llava15_kernels.testing import assert_close, worst
 
 from .counting import config_of
@@ -219,20 +222,20 @@ class Answerer:
 
 
 @contextlib.contextmanager
-def _patched(model: Any, shape: Shape, **options: Any) -> Iterator[Answerer]:
+def _patched(model: Any, shape: Shape, backend: Backend, **options: Any) -> Iterator[Answerer]:
     model.set_attn_implementation("sdpa")
-    with llava15_fast.patched(model, **options) as handle:
+    with llava15_fast.patched(model, backend, **options) as handle:
         yield Answerer(model, {}, handle=handle)
 
 
 @contextlib.contextmanager
-def _unpatched(model: Any, shape: Shape, attention: str) -> Iterator[Answerer]:
+def _unpatched(model: Any, shape: Shape, backend: Backend, attention: str) -> Iterator[Answerer]:
     model.set_attn_implementation(attention)
     yield Answerer(model, {})
 
 
 @contextlib.contextmanager
-def _static(model: Any, shape: Shape) -> Iterator[Answerer]:
+def _static(model: Any, shape: Shape, backend: Backend) -> Iterator[Answerer]:
     """transformers' fastest way: a static cache, and on a GPU its decode step compiled."""
     model.set_attn_implementation("sdpa")
     try:
@@ -243,9 +246,9 @@ def _static(model: Any, shape: Shape) -> Iterator[Answerer]:
 
 PROVIDERS: dict[str, Callable[..., contextlib.AbstractContextManager[Answerer]]] = {
     "patched": _patched,
-    "sdpa": lambda model, shape: _unpatched(model, shape, "sdpa"),
-    "patched, no graph": lambda model, shape: _patched(model, shape, cuda_graph=False),
-    "eager": lambda model, shape: _unpatched(model, shape, "eager"),
+    "sdpa": partial(_unpatched, attention="sdpa"),
+    "patched, no graph": partial(_patched, cuda_graph=False),
+    "eager": partial(_unpatched, attention="eager"),
     "static + compile": _static,
 }
 
@@ -278,7 +281,7 @@ def forced_logits(answerer: Answerer, inputs: dict[str, torch.Tensor]) -> torch.
     cache, length = answerer.cache(ids.shape[1] + FORCED), ids.shape[1]
     positions = {} if cache is None else {"position_ids": torch.arange(length, device=ids.device)[None].expand(len(ids), -1)}
     output = answerer.model(**inputs, **positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    logits, cache = [output.logits[:, -1]], output.past_key_values
+    logits, cache = [output.logits[:, -1]], getattr(output, CACHE)
     mask = inputs["attention_mask"]
     for step, tokens in enumerate(given):
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
@@ -306,7 +309,7 @@ class Verifier:
         tokens, patches = prompts.inputs["input_ids"].shape[1], max(1, prompts.patches // shape.batch)
         count = max(1, min(shape.batch, VERIFIED_PATCHES // patches, VERIFIED_TOKENS // tokens))
         inputs = prompts.first(count, shape.images)
-        with PROVIDERS["sdpa"](model, shape) as answerer:
+        with PROVIDERS["sdpa"](model, shape, "auto") as answerer:
             with in_float32(model):
                 exact = forced_logits(answerer, inputs).double()
             expected = forced_logits(answerer, inputs)
@@ -402,6 +405,7 @@ def measure(
     repeats: int,
     device: torch.device,
     failed: Callable[[Exception], None] = lambda error: None,
+    backend: Backend = "auto",
 ) -> Iterator[dict[str, Any]]:
     """A row for each provider as it comes: timed if it could be verified. `failed` hears of any other error and may raise."""
     end = end_token(model.config)
@@ -423,7 +427,7 @@ def measure(
     for provider in providers:
         row = {**about, "provider": provider}
         try:
-            with PROVIDERS[provider](model, shape) as answerer:
+            with PROVIDERS[provider](model, shape, backend) as answerer:
                 first = time_first_call(answerer, prompts, shape, end, is_ours(provider))
                 row |= verifier.check(answerer, f"{name}, {shape}, {provider}")
                 times = first | time_answers(answerer, prompts, shape, end, repeats)

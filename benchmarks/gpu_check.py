@@ -247,7 +247,9 @@ def answers(run: Run, config: str, shapes: list[tuple[int, ...]], providers: lis
         if run.dry:
             shape = generate.Shape(min(shape.image_size, 56), shape.images, min(shape.batch, 2), 8, 4)
         lost = partial(give_up_if_lost, run)
-        for row in generate.measure(model, name, shape, providers, 2 if run.dry else repeats, run.device, lost):
+        # Whole answers are too much for the interpreter.
+        how = {"repeats": 2, "backend": "torch"} if run.dry else {"repeats": repeats}
+        for row in generate.measure(model, name, shape, providers, device=run.device, failed=lost, **how):
             run.add("generate", **row)
             run.rows.log(f"{generate.describe(row)}{dry_mark(run)}")
             if run.left() <= 0:

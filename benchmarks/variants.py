@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 import llava15_fast
 import llava15_kernels
 from llava15_fast import LlavaOnevision1_5ForConditionalGeneration, graphs, sites
+from llava15_fast.releases import CACHE
 
 from .generate import tiny_config
 from .host_time import NoGraph, as_if_on_a_gpu
@@ -103,7 +104,7 @@ def requests(model: LlavaOnevision1_5ForConditionalGeneration) -> Iterator[tuple
     def step_by_step() -> None:
         """As a loop of one's own would: positions are views of one tensor, at any address."""
         positions = torch.arange(60)[None]
-        cache = model(input_ids=torch.ones(1, 33, dtype=torch.long), use_cache=True).past_key_values
+        cache = model(input_ids=torch.ones(1, 33, dtype=torch.long), use_cache=True)[CACHE]
         for place in range(33, 37):
             model(
                 input_ids=torch.ones(1, 1, dtype=torch.long),

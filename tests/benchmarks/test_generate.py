@@ -22,7 +22,7 @@ pytestmark = needs_no_gpu
 def torch_backend(monkeypatch):
     """The kernels in the interpreter are tested elsewhere, and slow."""
     patched = llava15_fast.patched
-    monkeypatch.setattr(llava15_fast, "patched", lambda model, **options: patched(model, "torch", **options))
+    monkeypatch.setattr(llava15_fast, "patched", lambda model, backend, **options: patched(model, "torch", **options))
 
 
 def command(folder, *arguments):
@@ -56,7 +56,7 @@ def test_the_kernels_themselves_are_verified(monkeypatch):
     shape = Shape(28, 1, 1, 2, 2)
     prompts = Prompts.make(model.config, shape, CPU)
     verifier = generate.Verifier.make(model, prompts, shape, generate.end_token(model.config))
-    with PROVIDERS["patched"](model, shape) as answerer:
+    with PROVIDERS["patched"](model, shape, "auto") as answerer:
         assert verifier.check(answerer, "tiny")["verified"]
         ran = {backend for row in llava15_fast.patching.PatchHandle(model).report().rows for backend in row.ran}
     assert ran == {"triton"}
@@ -241,7 +241,7 @@ def test_what_cannot_be_verified_is_not_timed_and_the_next_shape_is(tmp_path, to
     assert status == 1 and [row["status"] for row in found] == ["cannot verify", "ok"] and "generate_ms" not in found[0]
 
 
-def test_sections_of_the_gpu_check(tmp_path, torch_backend):
+def test_sections_of_the_gpu_check(tmp_path):
     """Every item of both, tiny; a wrong one is a failure."""
     expected = {"decode: ": {"patched", "sdpa"}, "answers: ": {"patched", "sdpa"}}
     expected["other ways: "] = PROVIDERS.keys() - expected["decode: "]

@@ -65,7 +65,7 @@ def wheel(tmp_path_factory):
 
 CASES = [
     (installed, started, HAS_LIBRARY) for installed in ("wheel", "checkout", "editable") for started in ("root", "elsewhere")
-] + ([] if HAS_LIBRARY else [("wheel", "root", True), ("checkout", "elsewhere", True), ("editable", "root", True)])
+] + ([] if HAS_LIBRARY else [("wheel", "root", True), ("checkout", "elsewhere", True)])
 """A program started from the root finds the folder `kernels/` first, from a wheel as well."""
 
 
