@@ -46,7 +46,7 @@ demo: $(VENV)/ready
 	$(BIN)/llava15-fast demo
 
 test: $(VENV)/ready lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest PINS='$(OLDEST)'
