@@ -12,6 +12,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    DynamicCache,
     MLCDVisionConfig,
     MLCDVisionModel,
     Qwen3Config,
@@ -20,6 +21,7 @@ from transformers import (
 
 import llava15_fast
 from llava15_fast import LlavaOnevision1_5Config, LlavaOnevision1_5ForConditionalGeneration
+from llava15_fast.releases import CACHE
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = GOLDEN / "tiny_hub"
@@ -87,6 +89,26 @@ def test_prompts_give_the_originals_numbers(model, golden, case):
     assert abs(output.loss - expected["loss"]) < 1e-4
     for i, hidden_states in enumerate(output.hidden_states):
         assert largest(hidden_states, expected[f"hidden_states_{i}"], tokens) < 1e-4, f"hidden_states_{i}"
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+@pytest.mark.parametrize("mode", [None, "torch"])
+@torch.no_grad()
+def test_the_cache_is_taken_by_either_name(tiny, mode, name):
+    """transformers renamed it; with every release both are understood, by the text model too."""
+    ids = torch.arange(5, 15)[None]
+    expected = tiny(input_ids=ids).logits[:, 6:]
+    if mode is not None:
+        llava15_fast.patch(tiny, mode)
+    for model, hidden in ((tiny, False), (tiny.model.language_model, True)):
+        if hidden and name != CACHE:
+            continue  # the text model is transformers', which warns
+        cache = DynamicCache()
+        model(input_ids=ids[:, :6], **{name: cache})
+        assert cache.get_seq_length() == 6
+        output = model(input_ids=ids[:, 6:], **{name: cache})
+        logits = tiny.lm_head(output.last_hidden_state) if hidden else output.logits
+        assert largest(logits, expected) < 1e-5 and getattr(output, CACHE) is cache and cache.get_seq_length() == 10
 
 
 @pytest.mark.parametrize(
