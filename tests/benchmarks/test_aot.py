@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,9 +28,12 @@ def test_everything_compiles_as_required(arch, tmp_path):
     found = [line for line in result.stderr.splitlines() if "NOT AS REQUIRED" in line]
     if triton.__version__.startswith("3.6."):
         # The sine of a very large angle reduces it in a loop, the only one of these kernels, with an array on the stack there.
-        found = [line for line in found if "_vision_rope_kernel" not in line and "_qk_norm_rope_kernel" not in line]
-    assert not found and result.returncode in (0, 1), result.stderr[-3000:]
-    assert result.returncode == 0 or triton.__version__.startswith("3.6.")
+        sine = re.compile(r"_(vision|qk_norm)_rope_kernel \(.*\): [08] bytes spilled, 1 local accesses in the hottest loop$")
+        assert result.returncode == bool(found), result.stderr[-3000:]
+        found = [line for line in found if not sine.search(line)]
+    else:
+        assert result.returncode == 0, result.stderr[-3000:]
+    assert not found
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert {row["dtype"] for row in rows} == {"bfloat16", "float16", "float32"}
     kernels = {row["kernel"] for row in rows}
