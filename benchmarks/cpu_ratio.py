@@ -2,14 +2,16 @@
 
     python -m benchmarks.cpu_ratio --json benchmarks/results/cpu/ratio.json
 
-Random weights, two sizes; unpatched with transformers' sdpa attention, its default, and with its eager attention. Each figure
-is the median over interleaved pairs (one run of each, in turns); both sides are checked to give the same result first, and
-what does not is a row without a ratio and exit status 1. Only the ratios mean something: the machine's speed does not.
+Random weights, two sizes; unpatched with transformers' sdpa attention, its default, and with its eager attention; where several
+images share a call, also with the vision attention of the published code (`dense_attention`). Each figure is the median over
+interleaved pairs (one run of each, in turns); both sides are checked to give the same result first, and what does not is a row
+without a ratio and exit status 1. Only the ratios mean something: the machine's speed does not.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -22,6 +24,8 @@ from rich.progress import track
 
 import llava15_fast
 from llava15_fast import LlavaOnevision1_5Config, LlavaOnevision1_5ForConditionalGeneration
+from llava15_fast.modeling import LlavaOnevision1_5VisionAttention, VisionLayout
+from llava15_kernels.vision_rope import apply_rope_tables
 
 from .rows import environment, output_file, positive, write_document
 
@@ -31,8 +35,9 @@ SIZES = {
 }
 """(width, MLP width, heads, KV heads, head_dim, layers) and (width, MLP width, heads, layers)."""
 
-ATTENTIONS = ("sdpa", "eager")
-"""transformers' attention in the unpatched model."""
+DENSE = "dense masks"
+ATTENTIONS = ("sdpa", "eager", DENSE)
+"""The attention in the unpatched model: transformers', or `dense_attention`."""
 
 
 def random_model(size: str) -> LlavaOnevision1_5ForConditionalGeneration:
@@ -55,6 +60,36 @@ def random_model(size: str) -> LlavaOnevision1_5ForConditionalGeneration:
         # As large as a trained model's: the default is so small that an error in the MLP would not be seen.
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    return model
+
+
+def dense_attention(
+    attention: LlavaOnevision1_5VisionAttention,
+    hidden_states: torch.Tensor,
+    layout: VisionLayout,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What the published code computes for several images: every row with every row, behind a mask made anew in each layer."""
+    rows = attention.qkv(hidden_states).view(-1, 3, attention.num_heads, attention.head_dim)
+    query, key, value = rows.unbind(1)
+    query, key = apply_rope_tables(query, key, *position_embeddings)
+    lengths = torch.tensor(layout.lengths)
+    segment = torch.arange(len(lengths)).repeat_interleave(lengths)
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(0, 1)[None] for x in (query, key, value)),
+        attn_mask=segment[:, None] == segment,
+        scale=attention.scaling,
+    )
+    return attention.proj(attended[0].transpose(0, 1).reshape(hidden_states.shape)), None
+
+
+def unpatched_model(size: str, attention: str) -> LlavaOnevision1_5ForConditionalGeneration:
+    model = random_model(size)
+    model.set_attn_implementation("sdpa" if attention == DENSE else attention)
+    if attention == DENSE:
+        for block in model.model.visual.blocks:
+            block.attn.forward = functools.partial(dense_attention, block.attn)
     return model
 
 
@@ -141,7 +176,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     work = [
-        (size, name, attention) for size in SIZES for name in cases() for attention in ATTENTIONS if arguments.select in name
+        (size, name, attention)
+        for size in SIZES
+        for name in cases()
+        for attention in ATTENTIONS
+        if arguments.select in name and (attention != DENSE or "images" in name)
     ]
     if arguments.pairs < 2:
         parser.error("--pairs has to be at least 2, for quartiles")
@@ -154,14 +193,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for size, name, attention in track(work, "timing", console=Console(stderr=True), transient=True):
             if size not in models:
-                models = {size: {kind: random_model(size) for kind in (*ATTENTIONS, "patched")}}
+                models = {size: {name: unpatched_model(size, name) for name in ATTENTIONS}}
+                models[size]["patched"] = random_model(size)
                 llava15_fast.patch(models[size]["patched"], "torch")
-                for unpatched in ATTENTIONS:
-                    models[size][unpatched].set_attn_implementation(unpatched)
             row = measured(size, name, attention, models[size], arguments.pairs)
             document["rows"].append(row)
             said = f"{row['median']:.3f}  quartiles {row['quartiles']}" if row["verified"] else f"WRONG: {row['error']}"
-            print(f"{size:6} {name:24} patched / {attention:5} {said}", flush=True)
+            print(f"{size:6} {name:24} patched / {attention:11} {said}", flush=True)
             if arguments.json:
                 write_document(arguments.json, document)
     except KeyboardInterrupt:

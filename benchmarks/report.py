@@ -308,7 +308,8 @@ def cpu_table(evidence: Evidence) -> str:
     columns = list(dict.fromkeys((row["size"], row["unpatched"]) for row in evidence.cpu["rows"]))
     rows = [("time patched / unpatched (quartiles), measured", *(f"{size} model, {attention}" for size, attention in columns))]
     for case, found in cases.items():
-        texts = ("{:.2f} ({:.2f} to {:.2f})".format(found[column]["median"], *found[column]["quartiles"]) for column in columns)
+        measured = [found.get(column) for column in columns]
+        texts = ("{:.2f} ({:.2f} to {:.2f})".format(row["median"], *row["quartiles"]) if row else "-" for row in measured)
         rows.append((case, *texts))
     return table(*rows)
 
@@ -354,6 +355,8 @@ def section(evidence: Evidence) -> str:
         *picture("memory", "Kernels bound by memory as a share of a copy, measured"),
         "**Without a GPU**, the torch backend against the unpatched model, random weights" + threads + ":",
         cpu_table(evidence),
+        "Dense masks: sdpa, and in the vision tower one call over all images behind a mask, as in the published code; our "
+        "unpatched model has none.",
         *picture("cpu", "Patched over unpatched time on a CPU, measured"),
         "To repeat: `PYTHONPATH=kernels python -m benchmarks.gpu_check --out DIR` (under 9 minutes, one GPU), `python -m "
         "benchmarks.generate --config 8b`, `python -m benchmarks.roofline --config 8b`, `python -m benchmarks.cpu_ratio`, and "

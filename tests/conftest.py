@@ -27,7 +27,6 @@ for _name in [name for name in os.environ if name.startswith("PYTEST_XDIST") or 
 torch.backends.cudnn.allow_tf32 = False
 
 
-
 def remember_builtins():
     """At each call of a kernel, and of a function in it, the interpreter looks through all of Triton's language for what to
     replace: a fifth of the tests' time. It finds the same every time."""

@@ -73,6 +73,29 @@ def test_ratios_that_were_finished_stay_when_stopped(tmp_path, monkeypatch):
 
 
 @needs_no_gpu
+def test_dense_masks_are_what_the_rows_of_that_name_are_against(monkeypatch):
+    """One masked call a layer over all images; the other models have no masks."""
+    masks = []
+    right = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(query, *args, attn_mask=None, **options):
+        masks.append(None if attn_mask is None else tuple(attn_mask.shape))
+        return right(query, *args, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    call = cpu_ratio.cases()["vision, 12 images"]
+    layers, rows_in_all = cpu_ratio.SIZES["small"]["vision"][3], 12 * 65
+    expected = {cpu_ratio.DENSE: [(rows_in_all, rows_in_all)] * layers, "sdpa": [None] * 12 * layers}
+    outputs = {}
+    for name, found in expected.items():
+        masks.clear()
+        with torch.inference_mode():
+            outputs[name] = call(cpu_ratio.unpatched_model("small", name))
+        assert masks == found, name
+    torch.testing.assert_close(*outputs.values(), rtol=0, atol=1e-5)
+
+
+@needs_no_gpu
 def test_a_wrong_result_has_no_ratio(tmp_path, monkeypatch, capsys):
     from llava15_fast import text
 
