@@ -12,17 +12,19 @@ Random weights at the real shapes, random images and prompts; nothing is downloa
 | `time_to_first_token_ms`  | `generate` of one token: vision, prompt, first token                                       |
 | `generate_ms`             | `generate` of all tokens                                                                   |
 | `ms_per_token`            | (the last - the one before) / (tokens - 1)                                                 |
-| `first_call_s`            | the provider's first `generate` at this shape, before anything else asks it; ours with an  |
-|                           | empty kernel cache on disk, `kernels_compiled` that no earlier shape had compiled          |
+| `first_call_s`            | with `--first-calls`, before anything else asks the provider: the `generate` of a process  |
+|                           | with no kernel compiled (`kernels_compiled` of ours); of the compiled provider, at its     |
+|                           | first shape                                                                                |
+| `first_call_warm_s`       | the same of ours in a process that finds its kernels in the cache                          |
 | `peak_gb`                 | the most memory that torch held during `generate`, weights included                        |
 
 A row of a patched model says what `ran` in each part, by backend; where the original ran instead, it is wrong and has no times.
 Rows of a CPU are marked as `dry_run`: its times say nothing about a GPU.
 
 Before a provider is timed it is verified on the timed prompts: logits of the last prompt token and of `FORCED` given tokens
-after it, decoded one by one (through the graph, where there is one), against the same weights in float32, by the error rule of
-`llava15_kernels.testing` with transformers' sdpa as what may be expected of the dtype. In float32 the token ids have to be
-those of sdpa too. What fails is a row without times, and exit status 1.
+after it, from the same `generate` (through the graph, where there is one), against the same weights in float32, by the error
+rule of `llava15_kernels.testing` with transformers' sdpa as what may be expected of the dtype. In float32 the token ids have to
+be those of sdpa too. What fails is a row without times, and exit status 1.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import StaticCache
 from transformers.initialization import no_init_weights
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from triton.runtime.jit import JITFunction
 
 import llava15_fast
 from llava15_fast import LlavaOnevision1_5Config, LlavaOnevision1_5ForConditionalGeneration
@@ -139,6 +143,8 @@ def in_float32(model: torch.nn.Module) -> Iterator[None]:
     try:
         for parameter in dtypes:
             parameter.data = parameter.data.float()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the narrow weights' pieces are of no use to wide activations
         with exact_float32():
             yield
     finally:
@@ -200,56 +206,81 @@ def preprocess(config: LlavaOnevision1_5Config, images: list[np.ndarray]) -> dic
 
 @dataclass(frozen=True)
 class Answerer:
-    """A model set up to answer: `generate` and plain forwards of it; `cache()` for the latter; `handle` of a patched one."""
+    """A model set up to answer.
+
+    Attributes:
+        options: ids of a prompt -> what `generate` is given for this provider, each time anew.
+        ran: what is to be said of its calls in a row; raises AssertionError where something else ran in its place.
+    """
 
     model: Any
-    options: dict[str, Any]
-    cache: Callable[[int], Any] = lambda tokens: None
-    handle: llava15_fast.PatchHandle | None = None
+    options: Callable[[torch.Tensor], dict[str, Any]] = lambda ids: {}
+    ran: Callable[[], dict[str, Any]] = dict
 
-    def ran(self) -> dict[str, Any]:
-        """What is to be said of a patched model: calls of each part by backend.
-
-        Raises:
-            AssertionError: the original ran instead, so that no time is ours.
-        """
-        if self.handle is None:
-            return {}
-        found = self.handle.report().rows
-        instead = {row.path: row.fallbacks for row in found if row.fallbacks}
-        assert not instead, f"the original ran instead: {instead}"
-        return {"ran": {row.path: row.ran for row in found if row.ran}}
+    def generate(self, inputs: dict[str, torch.Tensor], tokens: int, **options: Any) -> Any:
+        """Greedy, to `tokens` new ones."""
+        end, given = end_token(self.model.config), self.options(inputs["input_ids"])
+        greedy = {"do_sample": False, "eos_token_id": end, "pad_token_id": end, "max_new_tokens": tokens}
+        return self.model.generate(**inputs, **greedy, **given, **options)
 
 
 @contextlib.contextmanager
 def _patched(model: Any, shape: Shape, backend: Backend, **options: Any) -> Iterator[Answerer]:
     model.set_attn_implementation("sdpa")
     with llava15_fast.patched(model, backend, **options) as handle:
-        yield Answerer(model, {}, handle=handle)
+        yield Answerer(model, ran=partial(_ran, handle))
+
+
+def _ran(handle: llava15_fast.PatchHandle) -> dict[str, Any]:
+    """Calls of each part of a patched model by backend; if the original ran instead, no time is ours."""
+    found = handle.report().rows
+    instead = {row.path: row.fallbacks for row in found if row.fallbacks}
+    assert not instead, f"the original ran instead: {instead}"
+    return {"ran": {row.path: row.ran for row in found if row.ran}}
 
 
 @contextlib.contextmanager
 def _unpatched(model: Any, shape: Shape, backend: Backend, attention: str) -> Iterator[Answerer]:
     model.set_attn_implementation(attention)
-    yield Answerer(model, {})
+    yield Answerer(model)
 
 
 @contextlib.contextmanager
 def _static(model: Any, shape: Shape, backend: Backend) -> Iterator[Answerer]:
-    """transformers' fastest way: a static cache, and on a GPU its decode step compiled."""
+    """transformers' fastest way: a static cache, and on a GPU its decode step compiled into a CUDA graph.
+
+    One cache for all answers: the addresses of another would be recorded anew, within the time of the first tokens.
+    """
+    caches: dict[int, StaticCache] = {}
+
+    def options(ids: torch.Tensor) -> dict[str, Any]:
+        batch, length = ids.shape
+        if batch not in caches:
+            room = max(shape.new_tokens, FORCED + 1)
+            caches[batch] = StaticCache(config=model.config.text_config, max_cache_len=length + room)
+        caches[batch].reset()
+        return {CACHE: caches[batch]}
+
+    def ran() -> dict[str, Any]:
+        counters = torch._dynamo.utils.counters
+        found = {"graphs": counters["stats"]["unique_graphs"], "cudagraph_skips": counters["inductor"]["cudagraph_skips"]}
+        return {"compiled": found}
+
     model.set_attn_implementation("sdpa")
+    torch._dynamo.utils.counters.clear()
     try:
-        yield Answerer(model, {"cache_implementation": "static"}, lambda tokens: StaticCache(model.config.text_config, tokens))
+        yield Answerer(model, options, ran)
     finally:
         torch._dynamo.reset()
 
 
+COMPILED = "static + compile"
 PROVIDERS: dict[str, Callable[..., contextlib.AbstractContextManager[Answerer]]] = {
     "patched": _patched,
     "sdpa": partial(_unpatched, attention="sdpa"),
     "patched, no graph": partial(_patched, cuda_graph=False),
     "eager": partial(_unpatched, attention="eager"),
-    "static + compile": _static,
+    COMPILED: _static,
 }
 
 
@@ -257,15 +288,13 @@ def is_ours(provider: str) -> bool:
     return provider.startswith("patched")
 
 
-def answer(answerer: Answerer, inputs: dict[str, torch.Tensor], tokens: int, end: int) -> torch.Tensor:
+def answer(answerer: Answerer, inputs: dict[str, torch.Tensor], tokens: int) -> torch.Tensor:
     """(B, tokens) greedy ids.
 
     Raises:
         AssertionError: the end token came.
     """
-    options = {"do_sample": False, "eos_token_id": end, "pad_token_id": end, **answerer.options}
-    ids = answerer.model.generate(**inputs, max_new_tokens=tokens, **options)
-    new = ids[:, inputs["input_ids"].shape[1] :]
+    new = answerer.generate(inputs, tokens)[:, inputs["input_ids"].shape[1] :]
     assert new.shape[1] == tokens, f"{new.shape[1]} tokens were generated, expected {tokens}"
     return new
 
@@ -273,25 +302,21 @@ def answer(answerer: Answerer, inputs: dict[str, torch.Tensor], tokens: int, end
 # --- verified
 
 
-@torch.no_grad()
 def forced_logits(answerer: Answerer, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """(FORCED + 1, B, vocabulary), of the last prompt token and of given tokens after it, each decoded by itself."""
-    ids = inputs["input_ids"]
-    given = torch.randint(8, 256, (FORCED, len(ids), 1), generator=torch.Generator().manual_seed(SEED)).to(ids.device)
-    cache, length = answerer.cache(ids.shape[1] + FORCED), ids.shape[1]
-    positions = {} if cache is None else {"position_ids": torch.arange(length, device=ids.device)[None].expand(len(ids), -1)}
-    output = answerer.model(**inputs, **positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    logits, cache = [output.logits[:, -1]], getattr(output, CACHE)
-    mask = inputs["attention_mask"]
-    for step, tokens in enumerate(given):
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        if positions:
-            positions = {"position_ids": torch.full_like(tokens, length + step)}
-        output = answerer.model(
-            input_ids=tokens, attention_mask=mask, **positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-        logits.append(output.logits[:, -1])
-    return torch.stack(logits)
+    """(FORCED + 1, B, vocabulary) of the last prompt token and of given tokens after it, by the `generate` that is timed.
+
+    A bias on what follows the last token gives them, for that is an option that a fast loop takes as well.
+    """
+    last = inputs["input_ids"][:, -1].tolist()
+    given = [token for token in range(8, 8 + FORCED + len(last)) if token not in last][:FORCED]
+    pairs = [*((token, given[0]) for token in set(last)), *pairwise(given)]
+    bias = [[list(pair), 1e4] for pair in pairs]
+    options = {"sequence_bias": bias, "output_logits": True, "return_dict_in_generate": True}
+    output = answerer.generate(inputs, FORCED + 1, **options)
+    found = output.sequences[:, inputs["input_ids"].shape[1] :]
+    assert (found[:, :FORCED] == torch.tensor(given, device=found.device)).all(), f"tokens {found.tolist()}, given {given}"
+    # `generate` widens them, which loses nothing.
+    return torch.stack(output.logits).to(answerer.model.dtype)
 
 
 @dataclass(frozen=True)
@@ -302,10 +327,9 @@ class Verifier:
     exact: torch.Tensor
     expected: torch.Tensor
     ids: torch.Tensor | None
-    end: int
 
     @classmethod
-    def make(cls, model: Any, prompts: Prompts, shape: Shape, end: int) -> Verifier:
+    def make(cls, model: Any, prompts: Prompts, shape: Shape) -> Verifier:
         tokens, patches = prompts.inputs["input_ids"].shape[1], max(1, prompts.patches // shape.batch)
         count = max(1, min(shape.batch, VERIFIED_PATCHES // patches, VERIFIED_TOKENS // tokens))
         inputs = prompts.first(count, shape.images)
@@ -314,8 +338,8 @@ class Verifier:
                 exact = forced_logits(answerer, inputs).double()
             expected = forced_logits(answerer, inputs)
             exactly = next(model.parameters()).dtype == torch.float32
-            ids = answer(answerer, inputs, min(shape.new_tokens, 16), end) if exactly else None
-        return cls(inputs, exact, expected, ids, end)
+            ids = answer(answerer, inputs, min(shape.new_tokens, 16)) if exactly else None
+        return cls(inputs, exact, expected, ids)
 
     def check(self, answerer: Answerer, what: str) -> dict[str, Any]:
         """What is to be said in a row.
@@ -326,7 +350,7 @@ class Verifier:
         logits = forced_logits(answerer, self.inputs)
         assert_close(logits, self.expected, self.exact, f"{what}: logits")
         if self.ids is not None:
-            ids = answer(answerer, self.inputs, self.ids.shape[1], self.end)
+            ids = answer(answerer, self.inputs, self.ids.shape[1])
             assert torch.equal(ids, self.ids), f"{what}: token ids {ids.tolist()}, expected {self.ids.tolist()}"
         return {
             "verified": True,
@@ -354,12 +378,12 @@ def quantiles(samples: list[float]) -> dict[str, float]:
     return {name: round(getattr(found, name), 3) for name in ("p10", "p50", "p90")}
 
 
-def time_answers(answerer: Answerer, prompts: Prompts, shape: Shape, end: int, repeats: int) -> dict[str, Any]:
+def time_answers(answerer: Answerer, prompts: Prompts, shape: Shape, repeats: int) -> dict[str, Any]:
     """The figures of the module's table, of one provider."""
     inputs, device = prompts.inputs, prompts.inputs["input_ids"].device
 
     def ask(tokens: int) -> float:
-        return seconds(lambda: answer(answerer, inputs, tokens, end), device)
+        return seconds(lambda: answer(answerer, inputs, tokens), device)
 
     ask(shape.new_tokens)
     if device.type == "cuda":
@@ -382,19 +406,34 @@ def time_answers(answerer: Answerer, prompts: Prompts, shape: Shape, end: int, r
     return row
 
 
-def time_first_call(answerer: Answerer, prompts: Prompts, shape: Shape, end: int, ours: bool) -> dict[str, Any]:
-    """What a user waits for once. To be called before anything else asks the provider."""
+def time_first_calls(make: Callable[[], Any], prompts: Prompts, shape: Shape) -> dict[str, Any]:
+    """What a user of ours waits for once: with no kernel compiled, and in a later process that finds them in the cache."""
 
-    def ask() -> dict[str, Any]:
-        device = prompts.inputs["input_ids"].device
-        return {"first_call_s": round(seconds(lambda: answer(answerer, prompts.inputs, shape.new_tokens, end), device), 3)}
+    def ask() -> float:
+        forget_kernels()
+        with make() as answerer:
+            return time_call(answerer, prompts, shape)
 
-    if not ours:
-        return ask()
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
+        cold = ask()
         # Beside the description of each kernel lies one of its group of files.
-        return ask() | {"kernels_compiled": len([file for file in Path(folder).glob("*/*.json") if file.name[:2] != "__"])}
+        compiled = len([file for file in Path(folder).glob("*/*.json") if file.name[:2] != "__"])
+        return {"first_call_s": cold, "first_call_warm_s": ask(), "kernels_compiled": compiled}
+
+
+def time_call(answerer: Answerer, prompts: Prompts, shape: Shape) -> float:
+    device = prompts.inputs["input_ids"].device
+    return round(seconds(lambda: answer(answerer, prompts.inputs, shape.new_tokens), device), 3)
+
+
+def forget_kernels() -> None:
+    """What this process has compiled or loaded: as if it had just begun."""
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] == "llava15_kernels":
+            for value in vars(module).values():
+                if isinstance(value, JITFunction):
+                    value.device_caches.clear()
 
 
 def measure(
@@ -406,9 +445,9 @@ def measure(
     device: torch.device,
     failed: Callable[[Exception], None] = lambda error: None,
     backend: Backend = "auto",
+    first_calls: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """A row for each provider as it comes: timed if it could be verified. `failed` hears of any other error and may raise."""
-    end = end_token(model.config)
     prompts = Prompts.make(model.config, shape, device)
     about = {
         "config": name, **asdict(shape), "prompt_tokens": prompts.inputs["input_ids"].shape[1],
@@ -418,7 +457,7 @@ def measure(
         taken = [1e3 * seconds(lambda: preprocess(model.config, prompts.images), device) for _ in range(min(repeats, 3))]
         about["preprocessing_ms"] = quantiles(taken)
     try:
-        verifier = Verifier.make(model, prompts, shape, end)
+        verifier = Verifier.make(model, prompts, shape)
     except Exception as error:  # no memory for float32, say: nothing is timed that cannot be verified
         failed(error)
         for provider in providers:
@@ -426,11 +465,16 @@ def measure(
         return
     for provider in providers:
         row = {**about, "provider": provider}
+        make = partial(PROVIDERS[provider], model, shape, backend)
         try:
-            with PROVIDERS[provider](model, shape, backend) as answerer:
-                first = time_first_call(answerer, prompts, shape, end, is_ours(provider))
+            times = time_first_calls(make, prompts, shape) if first_calls and is_ours(provider) else {}
+            with make() as answerer:
+                if first_calls and provider == COMPILED:
+                    times = {
+                        "first_call_s": round(seconds(lambda: answer(answerer, prompts.inputs, shape.new_tokens), device), 3)
+                    }
                 row |= verifier.check(answerer, f"{name}, {shape}, {provider}")
-                times = first | time_answers(answerer, prompts, shape, end, repeats)
+                times |= time_answers(answerer, prompts, shape, repeats)
                 row |= answerer.ran() | times
             yield {**row, "status": "ok"}
         except AssertionError as error:
@@ -496,6 +540,9 @@ def main(argv: list[str] | None = None) -> int:
         help=f"Only this one of {', '.join(map(repr, PROVIDERS))}; may be repeated. Default: all of them.",
     )  # fmt: skip
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="Answers that are timed. Default: 5.")
+    parser.add_argument(
+        "--first-calls", action="store_true", help="Also times the first call of a process, for which kernels are compiled."
+    )
     dtypes = ("bfloat16", "float16", "float32")
     parser.add_argument("--dtype", choices=dtypes, help="Of the weights. Default: bfloat16 on a GPU, else float32.")
     parser.add_argument(
@@ -528,7 +575,9 @@ def main(argv: list[str] | None = None) -> int:
             model = build(arguments.config, device, dtype)
             for shape in shapes:
                 progress.update(task, description=str(shape))
-                for row in measure(model, arguments.config, shape, providers, arguments.repeats, device):
+                for row in measure(
+                    model, arguments.config, shape, providers, arguments.repeats, device, first_calls=arguments.first_calls
+                ):
                     rows.add(kind="generate", dry_run=device.type != "cuda", **row)
                     rows.log(describe(row))
                     wrong += row["status"] in ("wrong", "failed", "cannot verify")

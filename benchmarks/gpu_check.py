@@ -4,10 +4,10 @@
 
 In order of value: the kernels' tests that need a GPU; the ceilings (a device-to-device copy, a large matrix product); a token
 of the 4B and the 8B against sdpa; the tests of `generate` with real graphs; each kernel at the model's shapes in bfloat16
-against torch; what a call costs the host; tiny kernels in CUDA graphs; whole answers; the competitors that have to be compiled;
-float16; the other kernel tests. Competitors that are not installed are taken from a folder of wheels (`--wheels`). Each
-finished measurement is a line of `DIR/gpu_check.jsonl` at once, so that a run which is cut off still counts, and `--resume`
-goes on where it stopped. Another run adds to the file.
+against torch; what a call costs the host; tiny kernels in CUDA graphs; an answer about an image; what else decodes; other
+answers; the competitors that have to be compiled; float16; the other kernel tests. Competitors that are not installed are taken
+from a folder of wheels (`--wheels`). Each finished measurement is a line of `DIR/gpu_check.jsonl` at once, so that a run which
+is cut off still counts, and `--resume` goes on where it stopped. Another run adds to the file.
 
 A section is a function that yields `Item`s, registered with `@section`: nothing else has to know of it.
 """
@@ -236,7 +236,7 @@ def rate(work: int, timing: Timing, unit: str) -> float:
 # --- whole answers
 
 
-def answers(run: Run, config: str, shapes: list[tuple[int, ...]], providers: list[str], repeats: int) -> None:
+def answers(run: Run, config: str, shapes: list[tuple[int, ...]], providers: list[str], first_calls: bool = False) -> None:
     """Rows of `benchmarks.generate`; each shape is (image size, images, batch, context, new tokens)."""
     from . import generate  # transformers: the kernels are checked without it
 
@@ -248,8 +248,9 @@ def answers(run: Run, config: str, shapes: list[tuple[int, ...]], providers: lis
             shape = generate.Shape(min(shape.image_size, 56), shape.images, min(shape.batch, 2), 8, 4)
         lost = partial(give_up_if_lost, run)
         # Whole answers are too much for the interpreter.
-        how = {"repeats": 2, "backend": "torch"} if run.dry else {"repeats": repeats}
-        for row in generate.measure(model, name, shape, providers, device=run.device, failed=lost, **how):
+        how = {"repeats": 2, "backend": "torch"} if run.dry else {"repeats": 3}
+        how |= {"device": run.device, "failed": lost, "first_calls": first_calls}
+        for row in generate.measure(model, name, shape, providers, **how):
             run.add("generate", **row)
             run.rows.log(f"{generate.describe(row)}{dry_mark(run)}")
             if run.left() <= 0:
@@ -265,7 +266,7 @@ def decode(run: Run) -> Iterator[Item]:
         shapes = [(0, 0, 1, 1024, 64)]
         yield Item(
             f"{config} behind 1024 tokens",
-            lambda config=config, shapes=shapes: answers(run, config, shapes, ["patched", "sdpa"], 3),
+            lambda config=config, shapes=shapes: answers(run, config, shapes, ["patched", "sdpa"]),
             seconds=45,
         )
 
@@ -433,11 +434,35 @@ def graphs(run: Run) -> Iterator[Item]:
             yield Item(case.id, lambda case=case: measure_graph(case))
 
 
+@section("an image")
+def about_an_image(run: Run) -> Iterator[Item]:
+    """A large image and 64 tokens of text, 256 new ones; and what a first call waits for."""
+    for config in CONFIGS:
+        shapes = [(1120, 1, 1, 64, 256)]
+        yield Item(
+            config,
+            lambda config=config, shapes=shapes: answers(run, config, shapes, ["patched", "sdpa"], first_calls=True),
+            seconds=90,
+        )
+
+
+@section("other ways")
+def other_ways(run: Run) -> Iterator[Item]:
+    """What else decodes: transformers' static cache with a compiled step and its eager attention, ours launch by launch."""
+    for config in CONFIGS:
+        providers = ["static + compile", "eager", "patched, no graph"]
+        shapes = [(0, 0, 1, 1024, 64)]
+        yield Item(
+            config,
+            lambda config=config, providers=providers, shapes=shapes: answers(run, config, shapes, providers, first_calls=True),
+            seconds=150,
+        )
+
+
 @section("answers")
 def whole_answers(run: Run) -> Iterator[Item]:
-    """An image and 64 tokens of text; a long context; batches."""
+    """A long context; images of other sizes; batches."""
     for title, shapes, seconds in (
-        ("about an image", [(1120, 1, 1, 64, 256)], 45),
         ("behind 8192 tokens", [(0, 0, 1, 8192, 64)], 40),
         ("about small, large and several images", [(560, 1, 1, 64, 16), (1568, 1, 1, 64, 16), (560, 4, 1, 64, 16)], 50),
         ("in batches", [(0, 0, 4, 1024, 64), (0, 0, 16, 1024, 64)], 60),
@@ -445,7 +470,7 @@ def whole_answers(run: Run) -> Iterator[Item]:
         for config in CONFIGS:
             yield Item(
                 f"{config} {title}",
-                lambda config=config, shapes=shapes: answers(run, config, shapes, ["patched", "sdpa"], 3),
+                lambda config=config, shapes=shapes: answers(run, config, shapes, ["patched", "sdpa"]),
                 seconds=seconds,
             )
 
@@ -457,18 +482,6 @@ def whole_answers(run: Run) -> Iterator[Item]:
 def compiled_competitors(run: Run) -> Iterator[Item]:
     """Ours again beside them: how far two timings of one kernel lie apart."""
     yield from kernel_items(run, run.dtypes()[0], slow=True)
-
-
-@section("other ways")
-def other_ways(run: Run) -> Iterator[Item]:
-    """What else decodes: ours launch by launch, transformers' eager attention, its static cache with a compiled step."""
-    for config in CONFIGS:
-        for provider, seconds in (("eager", 30), ("patched, no graph", 30), ("static + compile", 150)):
-            yield Item(
-                f"{config}, {provider}",
-                lambda config=config, provider=provider: answers(run, config, [(0, 0, 1, 1024, 64)], [provider], 3),
-                seconds=seconds,
-            )
 
 
 @section("float16")

@@ -206,8 +206,28 @@ def answers_table(evidence: Evidence) -> str:
             found = one.answers(config=config, images=1, image_size=1120, context=64, new_tokens=256)
             for provider, row in found.items():
                 times = (median(row, figure, "ms") for figure in figures)
-                rows.append((f"{config.upper()}, {provider}", *times, f"{row['peak_gb']} GB", f"{row['first_call_s']} s"))
+                rows.append((f"{config.upper()}, {provider}", *times, f"{row['peak_gb']} GB", first_call(row)))
     return table(*rows) if len(rows) > 1 else f"{NOT_YET.capitalize()}."
+
+
+def first_call(row: Row) -> str:
+    """In a process that has to compile, and in one that finds compiled kernels."""
+    if "first_call_s" not in row:
+        return "-"
+    warm = f", {row['first_call_warm_s']:.1f} s with compiled kernels" if "first_call_warm_s" in row else ""
+    return f"{row['first_call_s']:.1f} s{warm}"
+
+
+def ways_table(evidence: Evidence) -> str:
+    """Everyone who decodes behind 1024 tokens."""
+    title = "**Everyone**, batch 1 behind 1024 tokens of text, measured"
+    rows = [("", "first token", "each token", "memory", "first call")]
+    for one in evidence.by_device():
+        for config in ("4b", "8b"):
+            for provider, row in one.answers(config=config, context=1024).items():
+                times = (median(row, figure, "ms") for figure in ("time_to_first_token_ms", "ms_per_token"))
+                rows.append((f"{config.upper()}: {provider}", *times, f"{row['peak_gb']} GB", first_call(row)))
+    return f"{title}:\n\n{table(*rows)}" if len(rows) > 1 else f"{title}: {NOT_YET}."
 
 
 def shapes_table(evidence: Evidence) -> str:
@@ -344,6 +364,7 @@ def section(evidence: Evidence) -> str:
         "devices.",
         "**Whole answers**, one 1120 x 1120 image, 64 tokens of text, 256 new tokens, batch 1:",
         answers_table(evidence),
+        ways_table(evidence),
         shapes_table(evidence),
         "**What runs**, counted:",
         counts_table(evidence),

@@ -117,6 +117,8 @@ class Tuner:
         noise = max(abs(again[name] / base[name] - 1) for name in base)
         best, best_score, tried = None, 1.0, 0
         candidates = [config for config in self.sweep.candidates() if config != self.rule]
+        # The rule's neighbours first: time may be too short for all.
+        candidates.sort(key=lambda config: sum(config[name] != self.rule[name] for name in config))
         candidates = candidates[:2] if self.dry else candidates
         for config in track(candidates, "trying", console=Console(stderr=True), transient=True):
             if time.monotonic() > self.end:

@@ -11,6 +11,8 @@ roundings of that dtype cost, so that an exact eager result does not ask for the
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
@@ -41,6 +43,7 @@ def assert_close(ours: torch.Tensor, eager: torch.Tensor, ref: torch.Tensor, wha
     )
     error, where = worst(ours, ref)
     eager_error, _ = worst(eager, ref)
+    assert eager_error < math.inf, f"{what}: what it is held against is not finite"
     if ours.dtype == torch.float32:
         scale = max(float(ref.abs().max()) if ref.numel() else 0.0, torch.finfo(torch.float32).tiny)
         error, eager_error = error / scale, eager_error / scale
