@@ -177,14 +177,18 @@ class NoGraph:
     """In the place of `graphs.CapturedStep`: nothing is recorded, and nothing launched."""
 
     new_pool = staticmethod(object)
+    new_stream = staticmethod(lambda device: None)
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, stream: object) -> None:
         pass
 
     def capture(self, step: Call, pool: object) -> torch.Tensor:
         return torch.zeros_like(step())
 
     def replay(self) -> None:
+        pass
+
+    def wait(self) -> None:
         pass
 
 

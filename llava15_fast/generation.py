@@ -201,7 +201,7 @@ def decode(
             raw_logits.append(logits)
         if generation_config.do_sample:
             randomness.note()
-            tokens = torch.multinomial(processed.softmax(-1), num_samples=1)[:, 0]
+            tokens = draw(processed.softmax(-1))
         else:
             tokens = processed.argmax(-1)
         tokens = tokens.to(device)
@@ -234,6 +234,19 @@ def decode(
         logits=tuple(raw_logits[:needed]) if keep_logits else None,
         **{CACHE: cache},
     )
+
+
+def draw(probabilities: torch.Tensor) -> torch.Tensor:
+    """(B, vocabulary) -> (B,), as `torch.multinomial` draws them and from the same random numbers: which of exponential clocks
+    that go at these rates is the first. The host waits for multinomial's checks in some releases, and for nothing here.
+
+    Raises:
+        RuntimeError: a probability is not a number; on a GPU as late as an assertion there.
+    """
+    chances = probabilities / torch.empty_like(probabilities).exponential_(1.0)
+    tokens = chances.argmax(-1)
+    torch._assert_async((chances.gather(-1, tokens[:, None]) > 0).all(), "probabilities are not numbers, or all are 0")
+    return tokens
 
 
 def _refusal(

@@ -9,13 +9,12 @@ A graph remembers addresses: of weights, of storages that it writes to, of its i
 `DecodeGraphs` is for decoding: its graphs write to the storages of a cache. When that cache dies, the storages stay with the
 graph and serve the next request of the same batch size.
 
-Graphs of one model replay on one stream at a time.
+Graphs of one model replay on one stream at a time. Settings of torch's own arithmetic, TF32 say, are those of the capture.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import logging
 import threading
@@ -54,18 +53,24 @@ class CapturedStep:
 
     `torch.cuda.graph` is not for this: it captures on one stream for all devices, so that nothing of a model on another than
     the first would be recorded, and an error leaves the caller on that stream.
+
+    Args:
+        stream: to capture on. Graphs that share one have to share a pool: torch gives matrix products a workspace for each
+            stream, takes it from the pool that is captured into first, and frees it with any graph of that stream
+            (pytorch#193402), while the others still write to it.
     """
 
     new_pool = staticmethod(torch.cuda.graph_pool_handle)
+    new_stream = staticmethod(torch.cuda.Stream)
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, stream: Any) -> None:
+        self.device, self.stream = device, stream
         self.graph = torch.cuda.CUDAGraph()
 
     def capture(self, step: Callable[[], torch.Tensor], pool: Any) -> torch.Tensor:
-        with _capturing, without_collection(), torch.cuda.device(self.device), torch.cuda.stream(_capture_stream(self.device)):
-            self.graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        with _capturing, without_collection(), torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             try:
+                self.graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 output = step()
             except BaseException:
                 # Ends with an error of its own, where the first one has spoilt the capture.
@@ -83,10 +88,9 @@ class CapturedStep:
     def replay(self) -> None:
         self.graph.replay()
 
-
-@functools.cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    def wait(self) -> None:
+        """Until no replay runs any more: memory that can be unmapped is taken away from one that does."""
+        torch.cuda.synchronize(self.device)
 
 
 @contextlib.contextmanager
@@ -165,6 +169,7 @@ class Graphs:
         self.seen: dict[tuple, int] = {}
         self.lock = threading.RLock()
         self.pool: Any = None
+        self.streams: dict[torch.device, Any] = {}
         self.gave_up = False
         _living.add(self)
 
@@ -233,24 +238,28 @@ class Graphs:
         return True
 
     def _captured(self, step: Callable[[], torch.Tensor], device: torch.device) -> tuple[CapturedStep, torch.Tensor]:
-        try:
+        with contextlib.suppress(torch.OutOfMemoryError):
             return self._record(step, device)
-        except torch.OutOfMemoryError:
-            # While capturing, memory that others have left cannot be reclaimed.
-            torch.cuda.empty_cache()
+        # While capturing, memory that others have left cannot be reclaimed; nor while the error holds on to its own.
+        torch.cuda.empty_cache()
         return self._record(step, device)
 
     def _record(self, step: Callable[[], torch.Tensor], device: torch.device) -> tuple[CapturedStep, torch.Tensor]:
         # A pool whose last graph is gone must not be captured into again: torch raises, as long as something in it lives.
         if not any(other.step for other in self.entries):
             self.pool = CapturedStep.new_pool()
-        captured = CapturedStep(device)
+        if device not in self.streams:
+            self.streams[device] = CapturedStep.new_stream(device)
+        captured = CapturedStep(device, self.streams[device])
         return captured, captured.capture(step, self.pool)
 
     def clear(self) -> bool:
         """Frees the graphs and the storages that only they hold; whether there were any."""
         with self.lock:
             held = bool(self.entries)
+            for entry in self.entries:
+                if entry.step is not None:
+                    entry.step.wait()
             self.entries.clear()
             self.seen.clear()
             self.pool = None

@@ -105,7 +105,7 @@ class LeftPadding(NamedTuple):
     total: int
 
     def mask(self, device: torch.device) -> torch.Tensor:
-        starts = torch.tensor(self.starts, device=device)[:, None]
+        starts = _send(torch.tensor(self.starts, device="cpu"), device)[:, None]
         return (torch.arange(self.total, device=device) >= starts).long()
 
 
@@ -133,40 +133,42 @@ def text_model_forward(
     site = site_of(module)
     padding = inputs.pop(KNOWN_PADDING, None)
     if isinstance(attention_mask, LeftPadding):
-        padding, inputs["attention_mask"] = attention_mask, attention_mask.mask(module.device)
+        padding = attention_mask
+
+    def original(reason: str | None = None) -> Any:
+        if reason is not None:
+            site.fall_back(reason)
+        if isinstance(attention_mask, LeftPadding):
+            inputs["attention_mask"] = attention_mask.mask(module.device)
+        return type(module).forward(module, **{**inputs, CACHE: past_key_values})
+
     if reason := surroundings() or (seen := look_at(module)).obstacle:
-        site.fall_back(reason)
-        return type(module).forward(module, **inputs)
+        return original(reason)
     given = input_ids if inputs_embeds is None else inputs_embeds
     if (input_ids is None) == (inputs_embeds is None):
-        return type(module).forward(module, **inputs)  # raises
+        return original()  # raises
     if given.shape[2:] != (() if inputs_embeds is None else module.norm.weight.shape) or given.ndim < 2:
-        site.fall_back("the input is not one token or one row per position")
-        return type(module).forward(module, **inputs)
+        return original("the input is not one token or one row per position")
     if reason := _text_refusal(module, given, kwargs):
-        site.fall_back(reason)
-        return type(module).forward(module, **inputs)
+        return original(reason)
 
     goes_on = use_cache is not None  # `generate` says it, and reads what follows the last token, be it padding
     use_cache = module.config.use_cache if use_cache is None else use_cache
     if use_cache and past_key_values is None:
         past_key_values = DynamicCache(config=module.config)
     if past_key_values is not None and not adopt(past_key_values, module.config.num_hidden_layers):
-        site.fall_back(f"the cache is a {type(past_key_values).__name__} of its own kind")
-        return type(module).forward(module, **inputs)
+        return original(f"the cache is a {type(past_key_values).__name__} of its own kind")
     graphs = _graphs(module)
     if past_key_values is not None and graphs is not None and not past_key_values.layers[0].is_initialized:
         graphs.lend(past_key_values, *given.shape[:2], module.norm.weight)
     layout = TextLayout.of(module, given, padding or attention_mask, position_ids, past_key_values, goes_on)
     if isinstance(layout, str):
-        site.fall_back(layout)
-        return type(module).forward(module, **{**inputs, CACHE: past_key_values})
+        return original(layout)
 
     if not seen.plain and layout.rows is None:
         layout = replace(layout, shape=tuple(given.shape[:2]))
     elif not seen.row_by_row and layout.rows is not None:
-        site.fall_back("a linear layer has to see the padding, which is left out")
-        return type(module).forward(module, **{**inputs, CACHE: past_key_values})
+        return original("a linear layer has to see the padding, which is left out")
     embeds = module.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
     hidden_states = _replay(module, seen, embeds, layout, past_key_values)
     if hidden_states is None:
@@ -461,7 +463,8 @@ def _replay(
         return None
     backend = site.backend_on(embeds.device)
     storages = [layer.storages for layer in cache.layers]
-    numbers = torch.tensor(layout.numbers, dtype=torch.int32, device="cpu")
+    # Pinned: a copy from elsewhere may wait for the device.
+    numbers = torch.tensor(layout.numbers, dtype=torch.int32, device="cpu", pin_memory=embeds.device.type == "cuda")
 
     def step(embeds: torch.Tensor, position_ids: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         slots, seqlens, leftpad = numbers.unbind()

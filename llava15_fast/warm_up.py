@@ -37,7 +37,7 @@ def warmup(model: nn.Module, progress: Callable[[str, float], None] | None = Non
     with torch.inference_mode():
         for request, inputs in _requests(model):
             start = time.perf_counter()
-            model.generate(**inputs)  # ends on the host, so the device has finished
+            model.generate(**inputs).tolist()  # so that the device has finished
             taken[request] = time.perf_counter() - start
             if progress is not None:
                 progress(request, taken[request])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import llava15_fast
+from llava15_fast import generation
 from llava15_fast.graphs import GRAPHS
 from llava15_fast.patching import VISION_PATIENCE
 
@@ -61,7 +62,7 @@ def test_it_ends_where_eager_ends(tiny, prompt):
 
 def test_memory_stays_where_it_is(tiny, prompt):
     llava15_fast.patch(tiny)
-    for _ in range(3):
+    for _ in range(VISION_PATIENCE + 2):  # until everything is captured that will be
         tiny.generate(**prompt, **OPTIONS)
     gc.collect()
     before = torch.cuda.memory_allocated()
@@ -71,6 +72,35 @@ def test_memory_stays_where_it_is(tiny, prompt):
     assert torch.cuda.memory_allocated() <= before
     llava15_fast.unpatch(tiny)
     assert GRAPHS not in tiny.model.language_model.__dict__
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+@pytest.mark.parametrize("how", [{"do_sample": False}, {"do_sample": True, "temperature": 0.7, "top_k": 20}])
+def test_an_answer_waits_for_nothing_behind_its_mask(tiny, golden, monkeypatch, cuda_graph, how):
+    """From the vision tower to the last token; the mask with its padding is read before."""
+    prompt = {key: value for key, value in golden["batch_left_pad"][0].items() if key != "labels"}
+    options = {**OPTIONS, **how}
+    llava15_fast.patch(tiny, cuda_graph=cuda_graph)
+    for _ in range(VISION_PATIENCE + 2):
+        tiny.generate(**prompt, **options)
+    prefill, finished = tiny._prefill, []
+
+    def watched(*args, **kwargs):
+        torch.cuda.set_sync_debug_mode("error")
+        return prefill(*args, **kwargs)
+
+    def needed(generated, eos_ids):
+        torch.cuda.set_sync_debug_mode("default")
+        finished.append(generated.shape[1])
+        return generated.shape[1]
+
+    monkeypatch.setattr(tiny, "_prefill", watched, raising=False)
+    monkeypatch.setattr(generation, "_tokens_needed", needed)
+    try:
+        tiny.generate(**prompt, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert finished == [OPTIONS["max_new_tokens"]]
 
 
 def test_a_step_waits_for_nothing(tiny, prompt):

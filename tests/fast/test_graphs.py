@@ -28,7 +28,7 @@ class Pool:
     """A memory pool of graphs, which torch refuses once all its graphs are gone."""
 
     def __init__(self):
-        self.users, self.used = 0, False
+        self.users, self.used, self.stream = 0, False, None
 
     def leave(self):
         self.users -= 1
@@ -57,12 +57,15 @@ class Replayed:
 
     captured = 0
     new_pool = Pool
+    new_stream = staticmethod(lambda device: object())
 
-    def __init__(self, device):
-        pass
+    def __init__(self, device, stream):
+        self.stream = stream
 
     def capture(self, step, pool):
         assert pool.users or not pool.used, "use_count > 0 INTERNAL ASSERT FAILED"
+        assert pool.stream in (None, self.stream), "one stream for a pool"
+        pool.stream = self.stream
         pool.users, pool.used = pool.users + 1, True
         weakref.finalize(self, pool.leave)
         type(self).captured += 1
@@ -82,6 +85,9 @@ class Replayed:
                 continue  # a view sees what its base sees
             for old, new in zip(made, tensors(operator(*args, **kwargs)), strict=True):
                 old.copy_(new)
+
+    def wait(self):
+        pass
 
 
 @pytest.fixture
@@ -396,9 +402,13 @@ def cuda(monkeypatch):
 
     class Graph:
         spoilt = False
+        refused = False
 
         def capture_begin(self, **options):
             said.append("begin")
+            if Graph.refused:
+                Graph.refused = False
+                raise RuntimeError("no stream to capture on")
 
         def capture_end(self):
             said.append("end")
@@ -409,7 +419,6 @@ def cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     for name in ("device", "stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(graphs_module, "_capture_stream", lambda device: None)
     Graph.said = said
     return Graph
 
@@ -422,7 +431,7 @@ def test_a_capture_says_what_went_wrong_and_leaves_no_trace(cuda):
         cuda.spoilt = True
         raise ValueError("the real cause")
 
-    captured = graphs_module.CapturedStep(torch.device("cpu"))
+    captured = graphs_module.CapturedStep(torch.device("cpu"), None)
     with pytest.raises(ValueError, match="the real cause"):
         captured.capture(fail, None)
     assert cuda.said == ["begin", "end", "begin", "end"] and gc.isenabled()
@@ -437,6 +446,25 @@ def test_a_capture_says_what_went_wrong_and_leaves_no_trace(cuda):
     assert cuda.said == ["begin", "end", "begin", "end"]
     cuda.said.clear()
     assert captured.capture(lambda: "output", None) == "output" and cuda.said == ["begin", "end"]
+    cuda.said.clear()
+    cuda.refused = True
+    with pytest.raises(RuntimeError, match="no stream"):
+        captured.capture(lambda: "output", None)
+    assert cuda.said == ["begin", "end", "begin", "end"], "a generator may record already"
+
+
+def test_graphs_of_different_pools_are_captured_on_different_streams(patched, prompts, monkeypatch):
+    """Matrix products of a stream share a workspace in the pool that was captured into first, which goes with its graphs."""
+    monkeypatch.setattr("llava15_fast.patching.VISION_PATIENCE", 1)
+    model, _ = patched
+    llava15_fast.unpatch(model)
+    llava15_fast.patch(model, "auto" if torch.cuda.is_available() else "torch")
+    for _ in range(3):
+        model.generate(**prompts("one_image"), max_new_tokens=5, **OPTIONS)
+    owners = [part.__dict__[GRAPHS] for part in (model.model.language_model, model.model.visual)]
+    assert all(any(entry.step for entry in owner.entries) for owner in owners)
+    (decoding,), (vision,) = (owner.streams.values() for owner in owners)
+    assert decoding is not vision and decoding != vision
 
 
 def test_graphs_are_given_up_where_memory_runs_out(patched, prompts, monkeypatch, caplog):

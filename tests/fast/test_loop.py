@@ -122,6 +122,31 @@ def test_the_mask_is_read_once(tiny, golden, monkeypatch):
     assert torch.equal(found, expected) and looked == [prompt["input_ids"].shape[1]]
 
 
+def test_no_mask_is_made_where_nobody_looks_at_it(tiny, golden, monkeypatch):
+    """On a GPU each would be a copy from the host, which could wait for everything that is queued."""
+    monkeypatch.setattr(llava15_fast.text.LeftPadding, "mask", None)
+    prompt = prompt_of(golden, "batch_left_pad")
+    expected, found, _ = both(tiny, prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(found, expected)
+
+
+def test_tokens_are_drawn_as_multinomial_draws_them():
+    probabilities = torch.randn(64, 999).softmax(-1)
+    probabilities[3] = torch.nn.functional.one_hot(torch.tensor(5), 999)
+    torch.manual_seed(11)
+    expected, state = torch.multinomial(probabilities, num_samples=1)[:, 0], torch.get_rng_state()
+    torch.manual_seed(11)
+    assert torch.equal(generation.draw(probabilities), expected) and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), 0.0])
+def test_what_is_no_probability_is_not_drawn_from(broken):
+    probabilities = torch.rand(3, 50)
+    probabilities[1] = broken
+    with pytest.raises(RuntimeError, match="not numbers, or all are 0"):
+        generation.draw(probabilities)
+
+
 @pytest.mark.parametrize("case", ["one_image", "batch_left_pad", "two_images"])
 def test_nothing_is_read_once_the_vision_tower_runs(tiny, golden, monkeypatch, case):
     """A value read from the device behind the tower makes the host wait for all of it, before the first layer is launched."""
