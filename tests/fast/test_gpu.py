@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import llava15_fast
-from llava15_fast import generation
+from llava15_fast import generation, vision
 from llava15_fast.graphs import GRAPHS
 from llava15_fast.patching import VISION_PATIENCE
 
@@ -76,25 +76,25 @@ def test_memory_stays_where_it_is(tiny, prompt):
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
 @pytest.mark.parametrize("how", [{"do_sample": False}, {"do_sample": True, "temperature": 0.7, "top_k": 20}])
-def test_an_answer_waits_for_nothing_behind_its_mask(tiny, golden, monkeypatch, cuda_graph, how):
-    """From the vision tower to the last token; the mask with its padding is read before."""
+def test_an_answer_waits_for_nothing_behind_the_vision_tower(tiny, golden, monkeypatch, cuda_graph, how):
+    """To the last token; the grids and the mask with its padding are read before."""
     prompt = {key: value for key, value in golden["batch_left_pad"][0].items() if key != "labels"}
     options = {**OPTIONS, **how}
     llava15_fast.patch(tiny, cuda_graph=cuda_graph)
     for _ in range(VISION_PATIENCE + 2):
         tiny.generate(**prompt, **options)
-    prefill, finished = tiny._prefill, []
+    merge, finished = vision.patch_merge, []
 
-    def watched(*args, **kwargs):
+    def merged(*args, **kwargs):
         torch.cuda.set_sync_debug_mode("error")
-        return prefill(*args, **kwargs)
+        return merge(*args, **kwargs)
 
     def needed(generated, eos_ids):
         torch.cuda.set_sync_debug_mode("default")
         finished.append(generated.shape[1])
         return generated.shape[1]
 
-    monkeypatch.setattr(tiny, "_prefill", watched, raising=False)
+    monkeypatch.setattr(vision, "patch_merge", merged)
     monkeypatch.setattr(generation, "_tokens_needed", needed)
     try:
         tiny.generate(**prompt, **options)
