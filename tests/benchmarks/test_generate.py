@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import triton
+from transformers import CompileConfig
 from triton.runtime.jit import JITFunction
 
 import llava15_fast
@@ -226,6 +227,26 @@ def test_the_static_cache_stays_where_it_is(torch_backend):
         assert first is second and first.get_seq_length() == 0
         assert first.layers[0].keys.shape[2] == 9 + 12 and not first.layers[0].keys.any()
     assert torch.equal(answers[0], answers[2]) and torch.equal(answers[0][:, :1], answers[1])
+
+
+def test_the_compiled_step_is_what_is_verified_and_compiled_once(monkeypatch):
+    """As on a GPU, but for what the graph is compiled to: in answers of any length, and where the logits are asked for."""
+    config = CompileConfig(backend="eager", mode=None)
+    config._compile_all_devices = True
+    answering = Answerer.generate
+
+    def compiling(answerer, inputs, tokens, **options):
+        return answering(answerer, inputs, tokens, **options, compile_config=config)
+
+    model, shape = generate.build("tiny", CPU, torch.float32), Shape(0, 0, 1, 9, 12)
+    prompts = Prompts.make(model.config, shape, CPU)
+    verifier = generate.Verifier.make(model, prompts, shape)
+    monkeypatch.setattr(Answerer, "generate", compiling)
+    with PROVIDERS[generate.COMPILED](model, shape, "auto") as answerer:
+        assert verifier.check(answerer, "compiled")["verified"]
+        assert answerer.ran()["compiled"]["graphs"] == 1
+        generate.time_answers(answerer, prompts, shape, 2)
+        assert answerer.ran()["compiled"]["graphs"] == 1
 
 
 @pytest.fixture
