@@ -467,12 +467,10 @@ def measure(
         row = {**about, "provider": provider}
         make = partial(PROVIDERS[provider], model, shape, backend)
         try:
-            times = time_first_calls(make, prompts, shape) if first_calls and is_ours(provider) else {}
+            times = time_first_calls(make, prompts, shape) if first_calls and provider == "patched" else {}
             with make() as answerer:
                 if first_calls and provider == COMPILED:
-                    times = {
-                        "first_call_s": round(seconds(lambda: answer(answerer, prompts.inputs, shape.new_tokens), device), 3)
-                    }
+                    times = {"first_call_s": time_call(answerer, prompts, shape)}
                 row |= verifier.check(answerer, f"{name}, {shape}, {provider}")
                 times |= time_answers(answerer, prompts, shape, repeats)
                 row |= answerer.ran() | times
