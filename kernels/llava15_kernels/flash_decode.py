@@ -217,8 +217,9 @@ def _(
         if splits > 1:
             _combine_kernel[(rows,)](
                 partial, lse, out, rows * head_dim, rows, splits,
-                HEAD_DIM=head_dim, BLOCK_D=plan.block_d, BLOCK_SPLITS=next_power_of_2(splits),
-                num_warps=4, **LAUNCH_OPTIONS,
+                HEAD_DIM=head_dim, BLOCK_D=plan.block_d, BLOCK_SPLITS=(block_splits := next_power_of_2(splits)),
+                num_warps=8 if block_splits * plan.block_d > 4096 else 4,  # with 4, triton 3.8 spills
+                **LAUNCH_OPTIONS,
             )  # fmt: skip
     return out
 

@@ -26,7 +26,7 @@ def aot(*arguments):
 def test_everything_compiles_as_required(arch, tmp_path):
     result = aot("--arch", arch, "--json", str(tmp_path / "rows.json"))
     found = [line for line in result.stderr.splitlines() if "NOT AS REQUIRED" in line]
-    if triton.__version__.startswith("3.6."):
+    if triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"], ["3", "8"]):
         # The sine of a very large angle reduces it in a loop, the only one of these kernels, with an array on the stack there.
         sine = re.compile(r"_(vision|qk_norm)_rope_kernel \(.*\): [08] bytes spilled, 1 local accesses in the hottest loop$")
         assert result.returncode == bool(found), result.stderr[-3000:]
