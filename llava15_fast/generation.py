@@ -188,7 +188,9 @@ def decode(
     randomness = _Randomness(device)
     padding = _left_padding(model, model_kwargs)
     known = {} if padding is None or generation_config.prefill_chunk_size is not None else {KNOWN_PADDING: padding}
-    outputs = model._prefill(input_ids, generation_config, {**model_kwargs, **known}, is_first_iteration=True)
+    # An assistant is asked again and again, behind the cache that it keeps.
+    first = not generation_config.is_assistant
+    outputs = model._prefill(input_ids, generation_config, {**model_kwargs, **known}, is_first_iteration=first)
     step_inputs = None
     while True:
         logits = outputs.logits[:, -1]
@@ -243,10 +245,8 @@ def draw(probabilities: torch.Tensor) -> torch.Tensor:
     Raises:
         RuntimeError: a probability is not a number; on a GPU as late as an assertion there.
     """
-    chances = probabilities / torch.empty_like(probabilities).exponential_(1.0)
-    tokens = chances.argmax(-1)
-    torch._assert_async((chances.gather(-1, tokens[:, None]) > 0).all(), "probabilities are not numbers, or all are 0")
-    return tokens
+    torch._assert_async((probabilities.sum(-1) > 0).all(), "probabilities are not numbers, or all are 0")
+    return (probabilities / torch.empty_like(probabilities).exponential_(1.0)).argmax(-1)
 
 
 def _refusal(

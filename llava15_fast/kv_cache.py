@@ -126,10 +126,15 @@ class PreallocatedLayer(DynamicLayer):
         """(B, kv_heads, L, head_dim) behind what is there; returns all keys and values."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.check_batch(key_states.shape[0])
         for side, states in ((self._keys, key_states), (self._values, value_states)):
             side.reserve(side.length + states.shape[2])
             side.append(states)
         return self._keys.view, self._values.view
+
+    def check_batch(self, batch: int) -> None:
+        if (present := self._keys.storage.shape[0]) != batch:
+            raise ValueError(f"the cache holds {present} prompts, but the input has {batch}")
 
     def crop(self, tokens_to_remove: int) -> None:
         """As transformers', which reads keys and values to shorten them and keeps nothing of what it read."""
@@ -148,7 +153,8 @@ class PreallocatedLayer(DynamicLayer):
         for side in (self._keys, self._values):
             if side is not None:
                 if side.shown:
-                    side.storage = side.storage.clone()
+                    with torch.inference_mode(False):  # see `empty`
+                        side.storage = side.storage.clone()
                 filled = side.storage[:, : side.length]
                 filled.copy_(filled.index_select(0, beam_idx.to(filled.device)))
 
@@ -163,8 +169,7 @@ class PreallocatedLayer(DynamicLayer):
         if not self.is_initialized:
             like = torch.empty((batch, heads, tokens, head_dim), dtype=dtype, device="meta")
             self.lazy_initialization(like, like, device)
-        elif (present := self._keys.storage.shape[0]) != batch:
-            raise ValueError(f"the cache holds {present} prompts, but the input has {batch}")
+        self.check_batch(batch)
         self._keys.reserve(tokens)
         self._values.reserve(tokens)
 

@@ -38,6 +38,10 @@ from .checkpoint import check_checkpoint_files, published_names, register_tensor
 from .configuration import LlavaOnevision1_5Config, LlavaOnevision1_5VisionConfig
 from .releases import CACHE
 
+PADDING_IS_READ = "padding_is_read"
+"""Keyword argument of a text model's forward: what it says of padding counts, as in a loss, which predicts the first token of a
+prompt from the padding before it. Who computes padding like everything else ignores it."""
+
 
 def check_device(name: str, tensor: torch.Tensor, module: nn.Module) -> None:
     """Raises ValueError where `tensor` is not where `module` computes. accelerate's hooks move tensors themselves."""
@@ -605,6 +609,7 @@ class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel
             image_grid_thw=image_grid_thw,
             video_grid_thw=video_grid_thw,
             **{**kwargs, "return_dict": True},
+            **({} if labels is None or attention_mask is None else {PADDING_IS_READ: True}),
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])

@@ -44,6 +44,7 @@ from llava15_kernels.qk_norm_rope import norm_and_rotate, rope_tables, write_row
 from .fusing import FusedLinear, call, is_plain
 from .graphs import GRAPHS, DecodeGraphs, Storages, with_room
 from .kv_cache import adopt
+from .modeling import PADDING_IS_READ
 from .parts import Part, activation_obstacle, obstacle
 from .refusal import attention_refusal, has_hooks, inside, refusal, surroundings
 from .releases import CACHE
@@ -121,6 +122,7 @@ def text_model_forward(
 ) -> Any:
     if (cache := kwargs.pop("cache", None)) is not None:  # its other name, see `releases.CACHE`
         past_key_values = cache
+    padding_is_read = kwargs.pop(PADDING_IS_READ, False)
     inputs = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
@@ -161,7 +163,7 @@ def text_model_forward(
     graphs = _graphs(module)
     if past_key_values is not None and graphs is not None and not past_key_values.layers[0].is_initialized:
         graphs.lend(past_key_values, *given.shape[:2], module.norm.weight)
-    layout = TextLayout.of(module, given, padding or attention_mask, position_ids, past_key_values, goes_on)
+    layout = TextLayout.of(module, given, padding or attention_mask, position_ids, past_key_values, goes_on, padding_is_read)
     if isinstance(layout, str):
         return original(layout)
 
@@ -319,6 +321,7 @@ class TextLayout:
         position_ids: torch.Tensor | None,
         cache: Cache | None,
         goes_on: bool = False,
+        padding_is_read: bool = False,
     ) -> TextLayout | str:
         """The layout for `given` (B, L, ...) behind what the cache holds, which gets room for it; or why there is none."""
         batch, length = given.shape[:2]
@@ -349,6 +352,8 @@ class TextLayout:
             return "there is nothing but padding"
         if goes_on and any(end < total for end in ends_at):
             return "a prompt ends with padding"
+        if padding_is_read and any(start > past for start in starts_at):
+            return "a loss reads the padding before a prompt"
         full = all(start == past and end == total for start, end in zip(starts_at, ends_at, strict=True))
 
         def indices(first: list[int], last: list[int], offset: int) -> torch.Tensor:

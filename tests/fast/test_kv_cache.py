@@ -351,3 +351,23 @@ def test_other_caches_are_refused_and_left_alone(make):
     layers, attributes = list(cache.layers), dict(cache.__dict__)
     assert not adopt(cache, LAYERS)
     assert list(cache.layers) == layers and {**cache.__dict__, "layers": attributes["layers"]} == attributes
+
+
+def test_beams_in_inference_mode_leave_a_cache_that_can_be_written_to():
+    """Someone has looked at it, so that they are put in order in new storages."""
+    ours, stock = adopted(), DynamicCache()
+    update((ours, stock), 2, 3)
+    assert ours.layers[0].keys is not None
+    with torch.inference_mode():
+        for cache in (ours, stock):
+            cache.reorder_cache(torch.tensor([1, 0]))
+    update((ours, stock), 2, 2)
+    assert_equal(ours, stock)
+
+
+def test_another_number_of_prompts_is_refused_and_nothing_is_written():
+    cache = adopted()
+    update((cache,), 3, 4)
+    with pytest.raises(ValueError, match="holds 3 prompts, but the input has 1"):
+        cache.update(states(1, 2), states(1, 2), 0)
+    assert [layer.get_seq_length() for layer in cache.layers] == [4] * LAYERS

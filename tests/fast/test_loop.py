@@ -1,5 +1,6 @@
 """The decoding loop where the host learns late that all sequences have ended: what came after must not show."""
 
+import copy
 import traceback
 from collections import deque
 from types import SimpleNamespace
@@ -143,8 +144,10 @@ def test_tokens_are_drawn_as_multinomial_draws_them():
 def test_what_is_no_probability_is_not_drawn_from(broken):
     probabilities = torch.rand(3, 50)
     probabilities[1] = broken
+    state = torch.get_rng_state()
     with pytest.raises(RuntimeError, match="not numbers, or all are 0"):
         generation.draw(probabilities)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("case", ["one_image", "batch_left_pad", "two_images"])
@@ -218,3 +221,18 @@ def test_another_default_device(tiny, golden, case):
         with torch.device("meta"):
             found = tiny(**prompt).logits
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("case", ["one_image", "text"])
+def test_a_patched_assistant_goes_on_where_it_stopped(tiny, golden, case):
+    """It is given the image once; and asked for more than one token at a time, whatever it is sure of."""
+    prompt = prompt_of(golden, case)
+    weak = copy.deepcopy(tiny)
+    weak.generation_config.assistant_confidence_threshold = 0
+    with torch.no_grad():
+        weak.lm_head.weight.copy_(weak.lm_head.weight.flip(0))
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = tiny.generate(**prompt, **options, assistant_model=weak)
+    handle = llava15_fast.patch(weak, "torch")
+    assert torch.equal(tiny.generate(**prompt, **options, assistant_model=weak), expected)
+    assert next(row for row in handle.report().rows if row.path == "language_model").ran
