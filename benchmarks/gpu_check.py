@@ -437,26 +437,17 @@ def graphs(run: Run) -> Iterator[Item]:
 @section("an image")
 def about_an_image(run: Run) -> Iterator[Item]:
     """A large image and 64 tokens of text, 256 new ones; and what a first call waits for."""
+    shapes, providers = [(1120, 1, 1, 64, 256)], ["patched", "sdpa"]
     for config in CONFIGS:
-        shapes = [(1120, 1, 1, 64, 256)]
-        yield Item(
-            config,
-            lambda config=config, shapes=shapes: answers(run, config, shapes, ["patched", "sdpa"], first_calls=True),
-            seconds=90,
-        )
+        yield Item(config, lambda config=config: answers(run, config, shapes, providers, first_calls=True), seconds=90)
 
 
 @section("other ways")
 def other_ways(run: Run) -> Iterator[Item]:
     """What else decodes: transformers' static cache with a compiled step and its eager attention, ours launch by launch."""
+    shapes, providers = [(0, 0, 1, 1024, 64)], ["static + compile", "eager", "patched, no graph"]
     for config in CONFIGS:
-        providers = ["static + compile", "eager", "patched, no graph"]
-        shapes = [(0, 0, 1, 1024, 64)]
-        yield Item(
-            config,
-            lambda config=config, providers=providers, shapes=shapes: answers(run, config, shapes, providers, first_calls=True),
-            seconds=150,
-        )
+        yield Item(config, lambda config=config: answers(run, config, shapes, providers, first_calls=True), seconds=150)
 
 
 @section("answers")

@@ -240,7 +240,7 @@ def decode(
 
 def draw(probabilities: torch.Tensor) -> torch.Tensor:
     """(B, vocabulary) -> (B,), as `torch.multinomial` draws them and from the same random numbers: which of exponential clocks
-    that go at these rates is the first. The host waits for multinomial's checks in some releases, and for nothing here.
+    that go at these rates is the first. Older releases make the host wait for multinomial's checks; it waits for nothing here.
 
     Raises:
         RuntimeError: a probability is not a number; on a GPU as late as an assertion there.
