@@ -20,7 +20,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["llava15_fast", "llava15_fast.assets", "llava15_kernels"],
+    packages=["llava15_fast", *(f"llava15_fast.{part}" for part in ("model", "fast", "patching", "tools", "assets")), "llava15_kernels"],
     package_dir={"llava15_kernels": "kernels/llava15_kernels", "llava15_fast.assets": "assets"},
     package_data={"llava15_fast.assets": ["scenes_checkpoint/*", "samples/*"]},
     install_requires=[
@@ -37,5 +37,5 @@ setup(
         "dev": ["pytest", "pytest-xdist>=3.6", "pytest-benchmark", "hypothesis", "ruff", "peft"],
         "benchmarks": ["matplotlib"],
     },
-    entry_points={"console_scripts": ["llava15-fast = llava15_fast.cli:main"]},
+    entry_points={"console_scripts": ["llava15-fast = llava15_fast.tools.cli:main"]},
 )

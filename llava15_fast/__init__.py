@@ -17,14 +17,19 @@ from pathlib import Path
 
 import llava15_kernels
 
-from .configuration import LlavaOnevision1_5Config, LlavaOnevision1_5TextConfig, LlavaOnevision1_5VisionConfig
-from .enabling import disable, enable
-from .modeling import LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model, LlavaOnevision1_5VisionModel
-from .patching import PatchError, PatchHandle, Report, patch, patched, unpatch
-from .processing import LlavaOnevision1_5Processor
-from .registration import register
-from .verification import Verification, verify
-from .warm_up import warmup
+from .model.configuration import LlavaOnevision1_5Config, LlavaOnevision1_5TextConfig, LlavaOnevision1_5VisionConfig
+from .model.modeling import LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model, LlavaOnevision1_5VisionModel
+from .model.processing import LlavaOnevision1_5Processor
+from .model.registration import register
+
+register()  # before what goes by the names of the classes, which may have to make way for transformers' own
+
+from .patching.api import patch, patched, unpatch
+from .patching.auto import disable, enable
+from .patching.report import PatchHandle, Report
+from .patching.targets import PatchError
+from .tools.verify import Verification, verify
+from .tools.warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -39,8 +44,6 @@ if Path(llava15_kernels.__file__).parents[1] not in ((_root := Path(__file__).pa
         _root,
         Path(llava15_kernels.__file__).parents[1],
     )
-
-register()
 
 __all__ = [
     "LlavaOnevision1_5Config",

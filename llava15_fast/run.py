@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .enabling import enable
+from .patching.auto import enable
 
 USAGE = "usage: python -m llava15_fast.run (-m MODULE | SCRIPT) [ARGS...]"
 

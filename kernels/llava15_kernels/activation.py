@@ -1,12 +1,12 @@
 """The activations of the two MLPs.
 
-    silu_and_mul:   y = silu(a) * b,  silu(a) = a / (1 + exp(-a)),     x = [a, b]          text (SwiGLU)
+    silu_and_mul:   y = silu(a) * b,  silu(a) = a / (1 + exp(-a)),     x = [a, b] or a, b  text (SwiGLU)
     gelu:           y = t / 2 * (1 + erf(t / sqrt(2))),                t = x + bias        vision, the exact form
 
 silu(a) is rounded to the dtype of x before the product, as two eager calls round it.
 Shazeer, https://arxiv.org/abs/2002.05202; Hendrycks and Gimpel, https://arxiv.org/abs/1606.08415.
 
-    silu_and_mul    x (..., 2 N) -> (..., N)
+    silu_and_mul    x (..., 2 N), or a and b (..., N) -> (..., N)
     gelu            x (..., N), bias (N,) or None -> (..., N)
 """
 
@@ -23,13 +23,13 @@ BLOCK = 2048
 
 
 @triton.jit
-def _silu_and_mul_kernel(x_ptr, y_ptr, stride_x, n_columns, BLOCK_N: tl.constexpr):
+def _silu_and_mul_kernel(gate_ptr, up_ptr, y_ptr, stride_gate, stride_up, n_columns, BLOCK_N: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = columns < n_columns
-    gate = tl.load(x_ptr + row * stride_x + columns, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(x_ptr + row * stride_x + n_columns + columns, mask=mask, other=0.0).to(tl.float32)
-    activated = (gate / (1.0 + tl.exp(-gate))).to(x_ptr.dtype.element_ty)
+    gate = tl.load(gate_ptr + row * stride_gate + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * stride_up + columns, mask=mask, other=0.0).to(tl.float32)
+    activated = (gate / (1.0 + tl.exp(-gate))).to(gate_ptr.dtype.element_ty)
     tl.store(y_ptr + row * n_columns + columns, (activated.to(tl.float32) * up).to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -45,19 +45,20 @@ def _gelu_kernel(x_ptr, bias_ptr, y_ptr, stride_x, n_columns, HAS_BIAS: tl.const
     tl.store(y_ptr + row * n_columns + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-torch.library.define("llava15::silu_and_mul", "(Tensor x) -> Tensor")
+torch.library.define("llava15::silu_and_mul", "(Tensor gate, Tensor up) -> Tensor")
 torch.library.define("llava15::gelu", "(Tensor x, Tensor? bias) -> Tensor")
 
 
 @torch.library.impl("llava15::silu_and_mul", ("cpu", "cuda"))
-def _(x: torch.Tensor) -> torch.Tensor:
-    y = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=x.device)
+def _(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if y.numel():
-        rows = as_rows(x)
-        with launching("silu_and_mul", x):
+        rows, up_rows = as_rows(gate), as_rows(up)
+        with launching("silu_and_mul", gate):
             _silu_and_mul_kernel[(rows.shape[0], cdiv(y.shape[-1], BLOCK))](
-                rows, y, rows.stride(0), y.shape[-1], BLOCK_N=BLOCK, num_warps=warps_for(BLOCK, x.device, 4), **LAUNCH_OPTIONS
-            )
+                rows, up_rows, y, rows.stride(0), up_rows.stride(0), y.shape[-1],
+                BLOCK_N=BLOCK, num_warps=warps_for(BLOCK, gate.device, 4), **LAUNCH_OPTIONS,
+            )  # fmt: skip
     return y
 
 
@@ -75,8 +76,8 @@ def _(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
 
 
 @torch.library.register_fake("llava15::silu_and_mul")
-def _(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=x.device)
+def _(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
 
 
 @torch.library.register_fake("llava15::gelu")
@@ -85,8 +86,8 @@ def _(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
 
 
 @declares_cost("silu_and_mul")
-def _(x: torch.Tensor) -> Cost:
-    return Cost(1, nbytes(x), nbytes(x) // 2)
+def _(gate: torch.Tensor, up: torch.Tensor) -> Cost:
+    return Cost(1, nbytes(gate, up), nbytes(gate))
 
 
 @declares_cost("gelu")
@@ -94,25 +95,30 @@ def _(x: torch.Tensor, bias: torch.Tensor | None) -> Cost:
     return Cost(1, nbytes(x, bias), nbytes(x))
 
 
-def silu_and_mul(x: torch.Tensor, *, backend: Backend = "auto") -> torch.Tensor:
-    """silu of the first half of the last dimension, times the second half.
+def silu_and_mul(x: torch.Tensor, up: torch.Tensor | None = None, *, backend: Backend = "auto") -> torch.Tensor:
+    """silu of the first half of the last dimension, times the second half; or `silu(x) * up`.
 
     Args:
-        x: (..., 2 N) in float16, bfloat16 or float32, gate and up projection side by side.
+        x: (..., 2 N) in float16, bfloat16 or float32, gate and up projection side by side; with `up` the gate alone, (..., N).
+        up: (..., N) in the same dtype, the up projection.
         backend: see `_dispatch`.
 
     Returns:
         (..., N) in the dtype of `x`.
 
     Raises:
-        ValueError: an odd last dimension.
+        ValueError: an odd last dimension, shapes or dtypes that differ, or tensors on different devices.
         TypeError: an unsupported dtype.
     """
-    if x.ndim == 0 or x.shape[-1] % 2 or x.shape[-1] == 0:
-        raise ValueError(f"silu_and_mul: x has shape {tuple(x.shape)}, expected (..., 2 N)")
-    if choose_backend("silu_and_mul", backend, x) == "torch":
-        return silu_and_mul_ref(x)
-    return torch.ops.llava15.silu_and_mul(x)
+    if up is None:
+        if x.ndim == 0 or x.shape[-1] % 2 or x.shape[-1] == 0:
+            raise ValueError(f"silu_and_mul: x has shape {tuple(x.shape)}, expected (..., 2 N)")
+        x, up = x.chunk(2, dim=-1)
+    elif x.ndim == 0 or x.shape != up.shape or x.dtype != up.dtype:
+        raise ValueError(f"silu_and_mul: x {x.dtype} {tuple(x.shape)} and up {up.dtype} {tuple(up.shape)} differ")
+    if choose_backend("silu_and_mul", backend, x, up) == "torch":
+        return silu_and_mul_ref(x, up)
+    return torch.ops.llava15.silu_and_mul(x, up)
 
 
 def gelu(x: torch.Tensor, bias: torch.Tensor | None = None, *, backend: Backend = "auto") -> torch.Tensor:
@@ -138,9 +144,9 @@ def gelu(x: torch.Tensor, bias: torch.Tensor | None = None, *, backend: Backend 
     return torch.ops.llava15.gelu(x, bias)
 
 
-def silu_and_mul_ref(x: torch.Tensor) -> torch.Tensor:
+def silu_and_mul_ref(x: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
     """The eager reference."""
-    gate, up = x.chunk(2, dim=-1)
+    gate, up = x.chunk(2, dim=-1) if up is None else (x, up)
     return torch.nn.functional.silu(gate) * up
 
 

@@ -38,9 +38,9 @@ from .checkpoint import check_checkpoint_files, published_names, register_tensor
 from .configuration import LlavaOnevision1_5Config, LlavaOnevision1_5VisionConfig
 from .releases import CACHE
 
-PADDING_IS_READ = "padding_is_read"
-"""Keyword argument of a text model's forward: what it says of padding counts, as in a loss, which predicts the first token of a
-prompt from the padding before it. Who computes padding like everything else ignores it."""
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """From the host to `device` without waiting for it, which a copy from pageable memory would do."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def check_device(name: str, tensor: torch.Tensor, module: nn.Module) -> None:
@@ -92,7 +92,7 @@ class VisionLayout:
         cu_seqlens[1:] = torch.tensor(lengths, **numbers).cumsum(0)
         position_ids = torch.cat(positions)
         patch_rows = (position_ids[:, 0] >= 0).nonzero()[:, 0]
-        return cls(tuple(lengths), *(tensor.to(device, non_blocking=True) for tensor in (cu_seqlens, position_ids, patch_rows)))
+        return cls(tuple(lengths), *(send(tensor, device) for tensor in (cu_seqlens, position_ids, patch_rows)))
 
 
 class LlavaOnevision1_5VisionPatchEmbed(nn.Module):
@@ -420,7 +420,7 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """The vision tower's output with `pooler_output` split: one (t*h*w/4, text width) tensor per image."""
         pixel_values = pixel_values.to(self.visual.dtype)
-        # Before the tower is launched: after that the host would wait for it.
+        # Before the tower is launched: behind it the host would wait for it.
         grids = self.visual.check_inputs(pixel_values, image_grid_thw)
         output = self.visual(pixel_values, grid_thw=image_grid_thw, **{**kwargs, "return_dict": True})
         merged = self.visual.spatial_merge_size**2
@@ -502,6 +502,10 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         if inputs_embeds is None:
             check_device("input_ids", input_ids, self.get_input_embeddings())
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        # Grids are read on the host from here on: behind the first tower a read would wait for it.
+        image_grid_thw, video_grid_thw = (
+            grid.cpu() if isinstance(grid, torch.Tensor) else grid for grid in (image_grid_thw, video_grid_thw)
+        )
         pictures = [
             (self.find_placeholders(kind, token_id, input_ids, inputs_embeds, pixels, grid_thw), pixels, grid_thw)
             for kind, token_id, pixels, grid_thw in (
@@ -609,7 +613,6 @@ class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel
             image_grid_thw=image_grid_thw,
             video_grid_thw=video_grid_thw,
             **{**kwargs, "return_dict": True},
-            **({} if labels is None or attention_mask is None else {PADDING_IS_READ: True}),
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])

@@ -14,8 +14,9 @@ from transformers.utils import is_flash_attn_2_available
 
 from llava15_kernels._dispatch import Backend
 
-from .modeling import LlavaOnevision1_5ForConditionalGeneration
-from .patching import PatchError, patch
+from ..model.modeling import LlavaOnevision1_5ForConditionalGeneration
+from .api import patch
+from .targets import PatchError
 
 logger = logging.getLogger("llava15_fast")
 

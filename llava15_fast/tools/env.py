@@ -17,7 +17,7 @@ from rich.table import Table
 import llava15_kernels
 from llava15_kernels._dispatch import INTERPRETED, default_backend
 
-from .versions import DECLARED, installed, is_inside
+from ..versions import DECLARED, installed, is_inside
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "safetensors", "pillow", "peft", "torchao", "kernels")
 """Packages whose versions matter, the last three where they are installed."""

@@ -34,11 +34,13 @@ from torch import nn
 from llava15_kernels._dispatch import Backend, default_backend
 from llava15_kernels.testing import worst
 
-from . import text, vision
-from .modeling import LlavaOnevision1_5ForConditionalGeneration
-from .patching import Report, _find_model, patch, patched, unpatch
-from .releases import CACHE
-from .tables import as_text
+from ..fast import text, vision
+from ..fast.layout import Padding, Spans, prompt_layout
+from ..model.modeling import LlavaOnevision1_5ForConditionalGeneration
+from ..model.releases import CACHE
+from ..patching.api import patch, patched, unpatch
+from ..patching.report import Report, as_text
+from ..patching.targets import find_model
 
 Part = Callable[[torch.Tensor], torch.Tensor]
 
@@ -198,7 +200,7 @@ def verify(
         ValueError: training mode, no `input_ids`, prompts padded on the right, or weights that are not in memory.
         PatchError, RuntimeError: as `patch`.
     """
-    root = _find_model(model)
+    root = find_model(model)
     if not isinstance(root, LlavaOnevision1_5ForConditionalGeneration):
         raise TypeError(f"{type(root).__name__} has no language head: verify a LlavaOnevision1_5ForConditionalGeneration")
     if root.training:
@@ -278,7 +280,7 @@ def _blocks(root: nn.Module, inputs: dict[str, torch.Tensor], backend: str, ran:
     with the norm that follows it, as the kernels do."""
     visual, language = root.model.visual, root.model.language_model
     reference = _reference_dtype(language.norm.weight.dtype)
-    valid = inputs["attention_mask"].bool()
+    valid, padding = inputs["attention_mask"].bool(), Padding.read(inputs["attention_mask"])
     found: list[Comparison] = []
 
     def compare_block(index: int) -> Callable[..., None]:
@@ -300,15 +302,14 @@ def _blocks(root: nn.Module, inputs: dict[str, torch.Tensor], backend: str, ran:
     def compare_layer(index: int) -> Callable[..., None]:
         last = index + 1 == len(language.layers)
         norm = language.norm if last else language.layers[index + 1].input_layernorm
-        # The layout asks for the model's sizes, `run_layers` for the layers to run.
         alone = SimpleNamespace(
             layers=language.layers[index : index + 1], norm=norm, rotary_emb=language.rotary_emb, config=language.config
         )
 
         def compare(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
             x, positions = args[0], kwargs["position_ids"]
-            layout = text.TextLayout.of(alone, x, inputs["attention_mask"], positions, None)
-            ours = text.run_layers(alone, x, layout, None, backend)
+            tokens = Spans(padding.within(x.shape[1]), 0, x.shape[1])
+            ours = text.run_layers(alone, x, prompt_layout(tokens, positions, None), None, backend)
             wide = x.to(reference)
             wider = {**kwargs, "position_embeddings": language.rotary_emb(wide, positions)}
             if wider.get("attention_mask") is not None and wider["attention_mask"].is_floating_point():

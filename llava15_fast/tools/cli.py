@@ -131,7 +131,7 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, logging
 
-    from . import LlavaOnevision1_5Config
+    from .. import LlavaOnevision1_5Config
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -189,8 +189,8 @@ def ask(model: Any, processor: Any, prompt: str, images: Sequence[str | Path], m
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from . import patch
-    from .processing import read_image
+    from .. import patch
+    from ..model.processing import read_image
 
     if arguments.no_patch and arguments.compare:
         raise ValueError("--compare and --no-patch exclude each other")
@@ -215,8 +215,8 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from . import verify
-    from .processing import read_image
+    from .. import verify
+    from ..model.processing import read_image
 
     images = arguments.image or sorted((assets_folder() / "samples").glob("*.png"))[:1]
     for image in images:
@@ -229,7 +229,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _env(arguments: argparse.Namespace) -> int:
-    from .environment import environment, table
+    from .env import environment, table
 
     found = environment()
     if arguments.json:
@@ -240,7 +240,7 @@ def _env(arguments: argparse.Namespace) -> int:
 
 
 def _warmup(arguments: argparse.Namespace) -> int:
-    from . import patch, warmup
+    from .. import patch, warmup
 
     model, _ = load(arguments.model)
     handle = patch(model, arguments.backend)
@@ -252,7 +252,7 @@ def _warmup(arguments: argparse.Namespace) -> int:
 
 def assets_folder() -> Path:
     """Where the small checkpoint and the sample images lie, in a checkout or in an installation."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     for folder in (here / "assets", here.parent / "assets"):
         if (folder / "scenes_checkpoint").is_dir():
             return folder
@@ -260,7 +260,7 @@ def assets_folder() -> Path:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from . import patch
+    from .. import patch
 
     assets = assets_folder()
     model, processor = load(assets / "scenes_checkpoint")
@@ -294,7 +294,7 @@ def _interpreted() -> bool:
 def _demo_interpreted() -> int:
     """The demo on one image in a process of its own: Triton decides at import whether it interprets."""
     command = [sys.executable, "-m", "llava15_fast", "demo", "--backend", "triton", "--images", "1"]
-    packages = [str(Path(__file__).resolve().parents[1]), str(Path(sys.modules["llava15_kernels"].__file__).parents[1])]
+    packages = [str(Path(__file__).resolve().parents[2]), str(Path(sys.modules["llava15_kernels"].__file__).parents[1])]
     path = os.pathsep.join([*packages, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     return subprocess.run(command, env=environment, check=False).returncode

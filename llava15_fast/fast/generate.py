@@ -1,0 +1,365 @@
+"""`generate` on a patched model: greedy search and sampling run in a loop of our own.
+
+transformers prepares everything and calls `_sample`, which is ours; its loops do everything else: beams, assistants, streamers,
+custom criteria and processors. Ours differs in when the host waits:
+
+    transformers    after every token, to see whether it was the last
+    here            `limits.EOS_POLL` tokens later, and at every such many tokens; what was computed beyond the end is dropped
+
+so that the device never waits for the host. On a CPU there is nothing to wait for, and no token too many. The state of the
+random generator after sampling that ended early is not specified: tokens beyond the end may have been drawn.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections import deque
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, Qwen3Model
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, logits_process
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+
+from ..model.modeling import LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model
+from ..model.releases import CACHE
+from . import limits
+from .guards import methods_guard, roots_guard
+from .request import Request, current, opened
+from .runtime import FAST, FastModule, original, runtime_of, stands_for
+
+METHOD = "generate"
+
+PURE_PROCESSORS = frozenset(
+    getattr(logits_process, name)
+    for name in (
+        "EpsilonLogitsWarper",
+        "EtaLogitsWarper",
+        "ExponentialDecayLengthPenalty",
+        "ForcedBOSTokenLogitsProcessor",
+        "ForcedEOSTokenLogitsProcessor",
+        "InfNanRemoveLogitsProcessor",
+        "LogitNormalization",
+        "MinLengthLogitsProcessor",
+        "MinNewTokensLengthLogitsProcessor",
+        "MinPLogitsWarper",
+        "NoBadWordsLogitsProcessor",
+        "NoRepeatNGramLogitsProcessor",
+        "RepetitionPenaltyLogitsProcessor",
+        "SequenceBiasLogitsProcessor",
+        "SuppressTokensAtBeginLogitsProcessor",
+        "SuppressTokensLogitsProcessor",
+        "TemperatureLogitsWarper",
+        "TopKLogitsWarper",
+        "TopPLogitsWarper",
+        "TypicalLogitsWarper",
+    )
+)
+"""Processors that remember nothing: a call for a token beyond the end has no effect."""
+
+
+@stands_for(LlavaOnevision1_5Model)
+class FastModel(FastModule, LlavaOnevision1_5Model):
+    @functools.wraps(LlavaOnevision1_5Model.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs) if torch.compiler.is_compiling() else _as_request(FastModel, self, args, kwargs)
+
+
+@stands_for(LlavaOnevision1_5ForConditionalGeneration)
+class FastForConditionalGeneration(FastModule, LlavaOnevision1_5ForConditionalGeneration):
+    @functools.wraps(LlavaOnevision1_5ForConditionalGeneration.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        return _as_request(FastForConditionalGeneration, self, args, kwargs)
+
+    @functools.wraps(LlavaOnevision1_5ForConditionalGeneration.generate)
+    def generate(self, *args: Any, custom_generate: Any = None, **kwargs: Any) -> Any:
+        method, runtime = original(FastForConditionalGeneration, self, "generate"), runtime_of(self)
+        run = functools.partial(method, self, *args, custom_generate=custom_generate, **kwargs)
+        if runtime is None or torch.compiler.is_compiling():
+            return run()
+        if custom_generate is not None:
+            runtime.record.fall_back(METHOD, "custom_generate is given")
+            return run()
+        if _methods_guard(self) or _roots_guard(self):
+            return run()
+        with opened(Request(self, is_generate=True)) as request:
+            output = run()
+        if not request.loop_began:
+            runtime.record.fall_back(METHOD, "neither greedy search nor sampling")
+        return output
+
+    @functools.wraps(LlavaOnevision1_5ForConditionalGeneration._prefill)
+    def _prefill(self, input_ids: Any, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
+        if (request := current(self)) is not None and request.is_generate:
+            request.read(model_kwargs.get("attention_mask"))
+        prefill = original(FastForConditionalGeneration, self, "_prefill")
+        return prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: logits_process.LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        """transformers' arguments and results."""
+        if (request := current(self)) is not None:
+            request.loop_began = True
+        reason, runtime = None, runtime_of(self)
+        if streamer is not None:
+            reason = "a streamer is given"
+        elif synced_gpus:
+            reason = "several processes generate together"
+        reason = reason or _methods_guard(self)
+        reason = reason or _loop_guard(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+        if runtime is not None and reason is None:
+            runtime.record.run(METHOD, runtime.backend_on(input_ids.device))
+            return decode(self, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+        if runtime is not None:
+            runtime.record.fall_back(METHOD, reason)
+        sample = original(FastForConditionalGeneration, self, "_sample")
+        return sample(
+            self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+        )
+
+
+PARAMETERS = {
+    patched: list(inspect.signature(patched.forward).parameters)[1:] for patched in (FastModel, FastForConditionalGeneration)
+}
+
+
+def _as_request(patched: type, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The forward, as a part of the request that it belongs to, or as one of its own."""
+    forward = original(patched, module, "forward")
+    given = {**dict(zip(PARAMETERS[patched], args, strict=False)), **kwargs} if args else kwargs
+    cache = given.get("cache")
+    if current(module, given.get("past_key_values") if cache is None else cache) is not None:
+        return forward(module, *args, **kwargs)
+    with opened(Request(module, mask=given.get("attention_mask"), reads_padding=given.get("labels") is not None)):
+        return forward(module, *args, **kwargs)
+
+
+def _methods_guard(model: FastForConditionalGeneration) -> str | None:
+    return methods_guard(model, functools.partial(original, FastForConditionalGeneration, model))
+
+
+def _roots_guard(model: FastForConditionalGeneration) -> str | None:
+    chain = [(model, LlavaOnevision1_5ForConditionalGeneration), (model.model, LlavaOnevision1_5Model)]
+    chain.append((getattr(model.model, "language_model", None), Qwen3Model))
+    return roots_guard((module, cls, original(FAST[cls], module, "forward")) for module, cls in chain if module is not None)
+
+
+def decode(
+    model: FastForConditionalGeneration,
+    input_ids: torch.Tensor,
+    processors: logits_process.LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> torch.Tensor | GenerateDecoderOnlyOutput:
+    """The loop."""
+    answer = Answer(input_ids, processors, criteria, config)
+    inputs = Inputs(model, model_kwargs)
+    # An assistant is asked again and again, behind the cache that it keeps.
+    outputs = model._prefill(input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant)
+    while not answer.append(answer.choose(outputs.logits[:, -1])):
+        step = inputs.next(answer.ids, outputs)
+        del outputs
+        outputs = model(**step, return_dict=True)
+    cache = model_kwargs.get(CACHE, getattr(outputs, CACHE))
+    if (surplus := answer.cut()) and cache is not None:
+        cache.crop(-surplus)
+    return answer.result(cache)
+
+
+class Answer:
+    """The tokens of all prompts, as they are chosen."""
+
+    def __init__(
+        self,
+        input_ids: torch.Tensor,
+        processors: logits_process.LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+    ) -> None:
+        self.device, self.processors, self.config = input_ids.device, processors, config
+        batch, self.prompt_length = input_ids.shape
+        self.length = self.prompt_length
+        lengths = [criterion.max_length for criterion in criteria if isinstance(criterion, MaxLengthCriteria)]
+        self.max_length = math.ceil(min(lengths))  # transformers takes fractions too
+        room = max(min(self.max_length, self.length + limits.ID_BUFFER), self.length + 1)
+        # The dtype that a concatenation with new tokens has.
+        self.buffer = input_ids.new_empty(batch, room, dtype=torch.promote_types(input_ids.dtype, torch.long))
+        self.buffer[:, : self.length] = input_ids
+        eos_ids = [criterion.eos_token_id for criterion in criteria if isinstance(criterion, EosTokenCriteria)]
+        self.eos_ids = torch.cat([ids.to(self.device) for ids in eos_ids]) if eos_ids else None
+        pad_id = config._pad_token_tensor
+        self.pad_id = None if pad_id is None else pad_id.to(self.device)
+        self.unfinished = torch.ones(batch, dtype=torch.bool, device=self.device)
+        self.watch = _StopWatch(self.device)
+        self.keeps_scores = config.return_dict_in_generate and config.output_scores
+        self.keeps_logits = config.return_dict_in_generate and config.output_logits
+        self.scores: list[torch.Tensor] = []
+        self.logits: list[torch.Tensor] = []
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """(B, length), prompts included."""
+        return self.buffer[:, : self.length]
+
+    def choose(self, logits: torch.Tensor) -> torch.Tensor:
+        """(B, vocabulary) -> (B,)."""
+        if self.processors or self.config.do_sample or self.keeps_scores or self.keeps_logits:
+            logits = logits.to(copy=True, dtype=torch.float32, device=self.device)
+        scores = self.processors(self.ids, logits)
+        if self.keeps_scores:
+            self.scores.append(scores)
+        if self.keeps_logits:
+            self.logits.append(logits)
+        return (draw(scores.softmax(-1)) if self.config.do_sample else scores.argmax(-1)).to(self.device)
+
+    def append(self, tokens: torch.Tensor) -> bool:
+        """Whether that was the last, as far as the host knows."""
+        if self.eos_ids is not None:
+            tokens = torch.where(self.unfinished, tokens, self.pad_id)
+            # Not `isin`, which sorts where there are many, and waits for the device.
+            self.unfinished = self.unfinished & (tokens[:, None] != self.eos_ids).all(-1)
+        if self.length == self.buffer.shape[1]:
+            self.buffer = torch.cat([self.buffer, torch.empty_like(self.buffer)], dim=1)
+        self.buffer[:, self.length] = tokens
+        self.length += 1
+        return self.length >= self.max_length or (self.eos_ids is not None and self.watch.stopped(self.unfinished))
+
+    def cut(self) -> int:
+        """Drops tokens that were computed before the host knew of the end; how many."""
+        needed = self.prompt_length + _tokens_needed(self.ids[:, self.prompt_length :], self.eos_ids)
+        surplus, self.length = self.length - needed, needed
+        return surplus
+
+    def result(self, cache: Any) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        sequences, needed = self.ids.clone(), self.length - self.prompt_length
+        if not self.config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences,
+            scores=tuple(self.scores[:needed]) if self.keeps_scores else None,
+            logits=tuple(self.logits[:needed]) if self.keeps_logits else None,
+            **{CACHE: cache},
+        )
+
+
+class Inputs:
+    """The arguments of the next forward: prepared by transformers for the first time, continued after that."""
+
+    def __init__(self, model: FastForConditionalGeneration, model_kwargs: dict[str, Any]) -> None:
+        self.model, self.model_kwargs = model, model_kwargs
+        self.previous: dict[str, Any] | None = None
+        self.mask: torch.Tensor | None = None
+
+    def next(self, ids: torch.Tensor, outputs: Any) -> dict[str, Any]:
+        if self.previous is None:
+            kwargs = self.model_kwargs
+            kwargs.update(self.model._update_model_kwargs_for_generation(outputs, kwargs, is_encoder_decoder=False))
+            self.previous = self.model.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs)
+            return self.previous
+        inputs = {**self.previous, "input_ids": ids[:, -1:]}
+        if (positions := inputs.get("position_ids")) is not None:
+            inputs["position_ids"] = positions + 1
+        if (mask := inputs.get("attention_mask")) is not None:
+            inputs["attention_mask"] = self._longer(mask)
+        self.previous = inputs
+        return inputs
+
+    def _longer(self, mask: torch.Tensor) -> torch.Tensor:
+        """A token more that is no padding: a view of a mask that was made long enough."""
+        tokens = mask.shape[1]
+        if self.mask is None or tokens == self.mask.shape[1]:
+            self.mask = torch.cat([mask, mask.new_ones(len(mask), limits.ID_BUFFER)], dim=1)
+        return self.mask[:, : tokens + 1]
+
+
+def draw(probabilities: torch.Tensor) -> torch.Tensor:
+    """(B, vocabulary) -> (B,), as `torch.multinomial` draws them and from the same random numbers: which of exponential clocks
+    that go at these rates is the first. Older releases make the host wait for multinomial's checks; it waits for nothing here.
+
+    Raises:
+        RuntimeError: a probability is not a number; on a GPU as late as an assertion there.
+    """
+    torch._assert_async((probabilities.sum(-1) > 0).all(), "probabilities are not numbers, or all are 0")
+    return (probabilities / torch.empty_like(probabilities).exponential_(1.0)).argmax(-1)
+
+
+def _loop_guard(
+    input_ids: torch.Tensor,
+    processors: logits_process.LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> str | None:
+    """Why transformers' own loop has to run, as far as this call says."""
+    if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        return f"the mode is {config.get_generation_mode()}"
+    if input_ids.ndim != 2:
+        return "the ids are not one row per prompt"
+    for processor in processors:
+        if type(processor) not in PURE_PROCESSORS:
+            return f"the logits processor {type(processor).__name__} may remember what it saw"
+    for criterion in criteria:
+        if type(criterion) not in (EosTokenCriteria, MaxLengthCriteria):
+            return f"the stopping criterion {type(criterion).__name__} has to see every token"
+    if criteria.max_length is None:
+        return "there is no maximum length"
+    if config.output_attentions or config.output_hidden_states:
+        return "attentions or hidden states are asked for"
+    if not model_kwargs.get("use_cache"):
+        return "use_cache is off"
+    cache = model_kwargs.get(CACHE)
+    if cache is not None and (cache.is_compileable or not cache.is_croppable):
+        return f"the cache is a {type(cache).__name__} that cannot be cropped"
+    return None
+
+
+class _StopWatch:
+    """Tells whether all sequences have ended: on a GPU late, and without waiting for the work that was queued since."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.waits = device.type == "cuda"
+        self.steps = 0
+        self.asked: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+
+    def stopped(self, unfinished: torch.Tensor) -> bool:
+        if not self.waits:
+            return not bool(unfinished.any())
+        self.steps += 1
+        if self.steps % limits.EOS_POLL:
+            return False
+        self.asked.append(self.ask(unfinished))
+        return len(self.asked) > 1 and not self.answer(*self.asked.popleft())
+
+    @staticmethod
+    def ask(unfinished: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
+        flag = torch.empty((), dtype=torch.bool, pin_memory=True, device="cpu")
+        flag.copy_(unfinished.any(), non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(unfinished.device))  # the current device may be another
+        return flag, event
+
+    @staticmethod
+    def answer(flag: torch.Tensor, event: torch.cuda.Event) -> bool:
+        event.synchronize()
+        return bool(flag)
+
+
+def _tokens_needed(generated: torch.Tensor, eos_ids: torch.Tensor | None) -> int:
+    """Up to the last sequence's end: those after it were computed before the host knew."""
+    if eos_ids is None:
+        return generated.shape[1]
+    ended = torch.isin(generated, eos_ids).cumsum(-1) > 0
+    return min(generated.shape[1], int((~ended).sum(-1).max()) + 1)

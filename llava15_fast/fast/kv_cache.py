@@ -1,0 +1,313 @@
+"""A key/value cache that is a `DynamicCache` to transformers and preallocated memory to the kernels.
+
+    KVPool        owns memory; lends it to caches and takes it back when they are gone
+    Buffers       keys and values (B, capacity, kv_heads, head_dim) of every layer, and the graph of the decode step on them
+    Loan          one cache's hold on buffers: how many tokens count
+    PooledLayer   a `DynamicLayer` of that cache, whose keys and values are views of the buffers
+
+New tokens are written in place behind the first `length`; full buffers are copied once into larger ones. Whatever transformers
+or a user does to a layer itself (cropping, selecting, repeating, an update by the original forward) leaves it with tensors of
+its own, as in a `DynamicLayer`; the next fast forward takes it back, without a copy where they are still the beginning of the
+buffers. A view that someone may have kept is never written to: buffers that were read move first.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+from . import limits
+from .cuda_graphs import Slot
+from .guards import cache_guard
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def capacity_for(tokens: int) -> int:
+    return -(-(tokens + limits.KV_HEADROOM) // limits.KV_BLOCK) * limits.KV_BLOCK
+
+
+def _zeros(like: torch.Tensor, capacity: int) -> Pair:
+    """Zeros, not garbage: what padding leaves unwritten is multiplied by a weight of 0 where a mask hides it."""
+    # Made in inference mode it could not be written to outside of it.
+    with torch.inference_mode(False):
+        return torch.zeros(2, like.shape[0], capacity, *like.shape[2:], dtype=like.dtype, device=like.device).unbind()
+
+
+class Buffers:
+    """Memory for the keys and values of all layers.
+
+    Attributes:
+        layers: keys and values of each, (B, capacity, kv_heads, head_dim).
+        exposed: tokens that someone outside may have kept a view of.
+        slot: where the graph of the decode step on this memory is kept.
+    """
+
+    def __init__(self, n_layers: int, like: torch.Tensor, tokens: int) -> None:
+        self.capacity = capacity_for(tokens)
+        self.layers = [_zeros(like, self.capacity) for _ in range(n_layers)]
+        self.exposed = 0
+        self.slot = Slot()
+
+    @property
+    def batch(self) -> int:
+        return self.layers[0][0].shape[0]
+
+    def has_room(self, length: int, tokens: int) -> bool:
+        """For `tokens` in all, of which `length` are there; what lies behind those must be seen by nobody."""
+        return tokens <= self.capacity and self.exposed <= length
+
+    def make_room(self, length: int, tokens: int) -> None:
+        """Layer by layer, so that the old and the new memory of only one are held at a time."""
+        if self.has_room(length, tokens):
+            return
+        capacity = max(capacity_for(tokens), self.capacity)
+        self.slot.clear()
+        self.capacity = 0  # until all layers have moved: interrupted, the next call moves them all
+        for index, old in enumerate(self.layers):
+            new = _zeros(old[0], capacity)
+            for side, before in zip(new, old, strict=True):
+                side[:, :length] = before[:, :length]
+            self.layers[index] = new
+            del old, before
+        self.capacity, self.exposed = capacity, 0
+
+    def view(self, index: int, length: int) -> Pair:
+        """The first tokens in transformers' order (B, kv_heads, length, head_dim)."""
+        keys, values = self.layers[index]
+        return keys[:, :length].transpose(1, 2), values[:, :length].transpose(1, 2)
+
+    def shares(self, index: int, tensor: torch.Tensor | None) -> bool:
+        return tensor is not None and tensor.untyped_storage()._cdata == self.layers[index][0].untyped_storage()._cdata
+
+    def begins_with(self, index: int, pair: Pair, length: int) -> bool:
+        """Whether `pair` is `view(index, length)`."""
+        return all(
+            self.shares(index, given)
+            and (given.data_ptr(), given.shape, given.stride()) == (own.data_ptr(), own.shape, own.stride())
+            for given, own in zip(pair, self.view(index, length), strict=True)
+        )
+
+
+class Loan:
+    """A cache's hold on buffers; its layers hold it, and with the last of them it is gone.
+
+    Attributes:
+        length: tokens that count.
+        held: layers that lie in the buffers, of all.
+    """
+
+    def __init__(self, buffers: Buffers) -> None:
+        self.buffers, self.length, self.held = buffers, 0, 0
+
+    @property
+    def is_whole(self) -> bool:
+        return self.held == len(self.buffers.layers)
+
+    def advance(self, tokens: int) -> None:
+        """The kernels have written `tokens` more."""
+        self.length += tokens
+
+
+def _unexposed(name: str) -> Callable[..., Any]:
+    """transformers' method of that name, whose looks at keys and values nobody keeps."""
+
+    def run(layer: PooledLayer, *args: Any, **kwargs: Any) -> Any:
+        layer._unseen = True
+        try:
+            return getattr(DynamicLayer, name)(layer, *args, **kwargs)
+        finally:
+            layer._unseen = False
+
+    return functools.wraps(getattr(DynamicLayer, name))(run)
+
+
+class PooledLayer(DynamicLayer):
+    """A `DynamicLayer` whose keys and values lie in a loan's buffers, until someone gives it others.
+
+    Attributes of the instance:
+        _loan, _index: whose buffers, and which layer of theirs.
+        _own: keys and values that are its own; None while they lie in the buffers.
+    """
+
+    _loan: Loan | None = None
+    _own: tuple[torch.Tensor | None, torch.Tensor | None] | None = (None, None)
+    _unseen = False
+
+    def peek(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Keys and values, for someone who keeps neither."""
+        return self._loan.buffers.view(self._index, self._loan.length) if self._own is None else self._own
+
+    def _get(self, side: int) -> torch.Tensor | None:
+        if self._own is None and not self._unseen:
+            self._loan.buffers.exposed = max(self._loan.buffers.exposed, self._loan.length)
+        return self.peek()[side]
+
+    def _set(self, side: int, tensor: torch.Tensor | None) -> None:
+        pair = list(self.peek())
+        pair[side] = tensor
+        if self._own is None:
+            self._loan.held -= 1
+        self._own = tuple(pair)
+        if self._loan is not None and not any(self._loan.buffers.shares(self._index, own) for own in pair):
+            self._loan = None
+
+    keys = property(lambda self: self._get(0), lambda self, tensor: self._set(0, tensor))
+    values = property(lambda self: self._get(1), lambda self, tensor: self._set(1, tensor))
+
+    def hold(self, loan: Loan, index: int) -> None:
+        """From now on the layer lies in the loan's buffers."""
+        self._loan, self._index, self._own = loan, index, None
+        keys = loan.buffers.layers[index][0]
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        loan.held += 1
+
+    def get_seq_length(self) -> int:
+        return self._loan.length if self._own is None else super().get_seq_length()
+
+    crop = _unexposed("crop")
+    batch_repeat_interleave = _unexposed("batch_repeat_interleave")
+    batch_select_indices = _unexposed("batch_select_indices")
+    _update = _unexposed("update")
+    _reorder = _unexposed("reorder_cache")
+
+    def update(self, key_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._own is None and self._loan.length == 0:
+            self.reset()  # memory for another number of prompts, perhaps
+        return self._update(key_states, *args, **kwargs)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """In place, so that a graph of the decode step stays right."""
+        if self._own is not None or self._loan.buffers.exposed:
+            return self._reorder(beam_idx)
+        for side in self._loan.buffers.layers[self._index]:
+            filled = side[:, : self._loan.length]
+            filled.copy_(filled.index_select(0, beam_idx.to(filled.device)))
+        return None
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        """A copy, or a pickle, is a `DynamicLayer` with memory of its own."""
+        pair = [None if tensor is None else tensor.clone() for tensor in self.peek()]
+        state = {name: value for name, value in vars(self).items() if name not in ("_loan", "_index", "_own", "_unseen")}
+        return copyreg.__newobj__, (DynamicLayer,), {**state, "keys": pair[0], "values": pair[1]}
+
+
+class KVPool:
+    """The memory of one model's caches.
+
+    Buffers come back by a finalizer when no layer of their cache lives any more, and are kept for the next request of the same
+    number of prompts if a graph was captured on them.
+    """
+
+    def __init__(self) -> None:
+        self.idle: list[Buffers] = []
+        self.lock = threading.RLock()
+
+    def guard(self, cache: Cache, n_layers: int) -> str | None:
+        """Why `cache` has to stay as it is."""
+        if reason := cache_guard(cache, n_layers, (DynamicLayer, PooledLayer)):
+            return reason
+        if len({layer.get_seq_length() for layer in cache.layers} | ({0} if len(cache.layers) < n_layers else set())) > 1:
+            return "the layers of the cache hold different numbers of tokens"
+        return None
+
+    def borrow(self, cache: Cache, n_layers: int, like: torch.Tensor, tokens: int) -> Loan:
+        """The loan that holds `cache`, with room for `tokens` in all; what the cache has already is kept.
+
+        Args:
+            cache: one that `guard` has nothing against.
+            like: (B, ?, kv_heads, head_dim), whose dtype and device the buffers have.
+
+        Raises:
+            ValueError: the cache holds another number of prompts.
+        """
+        layers = cache.layers
+        length = layers[0].get_seq_length() if layers else 0
+        if length and (present := len(_peek(layers[0])[0])) != len(like):
+            raise ValueError(f"the cache holds {present} prompts, but the input has {len(like)}")
+        loan = self._present(layers, n_layers, length)
+        if loan is None or loan.buffers.batch != len(like):
+            loan = self._lend(n_layers, like, max(tokens, length))
+            loan.length = length
+            layers += [DynamicLayer() for _ in range(n_layers - len(layers))]
+            for index, layer in enumerate(layers):
+                _move(layer, loan, index, length)
+        loan.length = length
+        loan.buffers.make_room(length, tokens)
+        return loan
+
+    @staticmethod
+    def _present(layers: list, n_layers: int, length: int) -> Loan | None:
+        """The loan in whose buffers all layers lie, in their order, as far as `length`."""
+        loan = layers[0]._loan if layers and type(layers[0]) is PooledLayer else None
+        if loan is None or len(layers) != n_layers or len(loan.buffers.layers) != n_layers:
+            return None
+        for index, layer in enumerate(layers):
+            if type(layer) is not PooledLayer or layer._loan is not loan or layer._index != index:
+                return None
+            if layer._own is not None and (length == 0 or not loan.buffers.begins_with(index, layer._own, length)):
+                return None
+        for index, layer in enumerate(layers):
+            if layer._own is not None:
+                layer.hold(loan, index)
+        return loan
+
+    def _lend(self, n_layers: int, like: torch.Tensor, tokens: int) -> Loan:
+        buffers = self._take(n_layers, like, tokens) or Buffers(n_layers, like, tokens)
+        loan = Loan(buffers)
+        weakref.finalize(loan, self.take_back, buffers).atexit = False
+        return loan
+
+    def _take(self, n_layers: int, like: torch.Tensor, tokens: int) -> Buffers | None:
+        wanted = n_layers, like.shape[0], like.shape[2:], like.dtype, like.device
+        with self.lock:
+            for buffers in reversed(self.idle):
+                keys = buffers.layers[0][0]
+                if (len(buffers.layers), keys.shape[0], keys.shape[2:], keys.dtype, keys.device) == wanted and (
+                    tokens <= buffers.capacity
+                ):
+                    self.idle.remove(buffers)
+                    for pair in buffers.layers:
+                        pair[0]._base.zero_()
+                    return buffers
+        return None
+
+    def take_back(self, buffers: Buffers) -> None:
+        with self.lock:
+            if buffers.slot.is_captured and not buffers.exposed and buffers.capacity:
+                self.idle = [*self.idle, buffers][-limits.IDLE_BUFFERS :]
+
+    def clear(self) -> bool:
+        """Frees what no cache uses; whether there was any."""
+        with self.lock:
+            held, self.idle = bool(self.idle), []
+            return held
+
+
+def _peek(layer: DynamicLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    return layer.peek() if type(layer) is PooledLayer else (layer.keys, layer.values)
+
+
+def _move(layer: DynamicLayer, loan: Loan, index: int, length: int) -> None:
+    """What `layer` holds, into the loan's buffers; the layer object stays, and becomes a `PooledLayer`."""
+    if length:
+        for side, tensor in zip(loan.buffers.layers[index], _peek(layer), strict=True):
+            side[:, :length] = tensor.transpose(1, 2)
+    if type(layer) is DynamicLayer:
+        layer.__class__ = PooledLayer
+        vars(layer).pop("keys", None)
+        vars(layer).pop("values", None)
+    elif layer._own is None:
+        layer._loan.held -= 1
+    layer.hold(loan, index)

@@ -1,0 +1,99 @@
+"""A request: a call of `generate`, or a direct forward. It is guarded and planned once, when it begins.
+
+    generate            opens a request; transformers' `_prefill` tells it the whole mask; its first forward binds the cache,
+                        and the forwards on that cache are its steps: they follow the plan and look at nothing else
+    a direct forward    of the model, the inner model, the text model or the vision tower is a request of its own
+
+The request travels in a context variable: the plain model knows nothing of it, and a mask stays a tensor for everyone. What
+changes in the middle of a request is seen by the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .kv_cache import Loan
+from .layout import Padding
+
+T = TypeVar("T")
+
+_current: ContextVar[Request | None] = ContextVar("llava15_request", default=None)
+
+
+class Request:
+    """
+    Attributes:
+        modules: that it goes through.
+        is_generate: whether it is a call of `generate`, whose loop is known.
+        mask: the attention mask that was read, and `padding`, what it says.
+        reads_padding: whether what is said of padding counts, as in a loss, which predicts a prompt's first token from it.
+        cache, loan: that a `generate` is bound to by its first forward.
+        starts: per prompt its first token that is no padding.
+        begun, loop_began: whether the text model, and the decoding loop, have run.
+    """
+
+    def __init__(self, module: nn.Module, mask: Any = None, is_generate: bool = False, reads_padding: bool = False) -> None:
+        self.modules = {id(part): part for part in family(module)}
+        self.is_generate, self.reads_padding = is_generate, reads_padding
+        self.cache: Any = None
+        self.loan: Loan | None = None
+        self.starts: list[int] = []
+        self.begun = self.loop_began = False
+        self.answers: dict[tuple, Any] = {}
+        self.read(mask)
+
+    def read(self, mask: Any) -> None:
+        """Looks at the mask, before anything is launched: behind the vision tower the host would wait for it."""
+        self.mask = mask
+        self.padding = None if mask is None else Padding.read(mask)
+
+    def padding_of(self, mask: Any) -> Padding | str | None:
+        """What `mask` says; in `generate` it is the one that was read, or its beginning."""
+        if mask is self.mask or (self.is_generate and self.padding is not None):
+            return self.padding
+        return None if mask is None else Padding.read(mask)
+
+    def covers(self, module: nn.Module, cache: Any = None) -> bool:
+        """Whether a forward of `module` on `cache` belongs to it: the first one, or a step on the cache that is bound."""
+        return id(module) in self.modules and (not self.begun or (cache is not None and cache is self.cache))
+
+    def begin(self, cache: Any, loan: Loan | None, starts: list[int]) -> None:
+        """The text model runs: the vision tower is done, and from now on only steps on `cache` belong to a `generate`."""
+        self.begun = True
+        if self.is_generate:
+            self.cache, self.loan, self.starts = cache, loan, starts
+
+    def ask(self, guard: Callable[[nn.Module], T], module: nn.Module) -> T:
+        """What `guard` says of `module`: asked once."""
+        key = guard, id(module)
+        if key not in self.answers:
+            self.answers[key] = guard(module)
+        return self.answers[key]
+
+
+def family(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules of ours that a call of `module` goes through."""
+    yield module
+    for name in ("model", "language_model", "visual"):
+        if isinstance(child := module._modules.get(name), nn.Module):
+            yield from family(child)
+
+
+def current(module: nn.Module, cache: Any = None) -> Request | None:
+    """The request that a forward of `module` on `cache` belongs to."""
+    request = _current.get()
+    return request if request is not None and request.covers(module, cache) else None
+
+
+@contextlib.contextmanager
+def opened(request: Request) -> Iterator[Request]:
+    token = _current.set(request)
+    try:
+        yield request
+    finally:
+        _current.reset(token)

@@ -1,0 +1,106 @@
+"""What the patched modules of one model share, and how a patched class finds the original."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from llava15_kernels._dispatch import Backend, default_backend
+
+from .cuda_graphs import Graphs, RecentSlots
+from .kv_cache import KVPool
+from .record import Record
+
+logger = logging.getLogger("llava15_fast")
+
+RUNTIME = "_llava15_runtime"
+"""The attribute of a patched module that holds its `Runtime`."""
+
+T = TypeVar("T")
+
+_living: weakref.WeakSet[Runtime] = weakref.WeakSet()
+
+
+class Runtime:
+    """Options, record, KV memory and graphs of one patched model. A copy or a pickle has its own."""
+
+    def __init__(self, backend: Backend, cuda_graph: bool) -> None:
+        self.backend, self.cuda_graph = backend, cuda_graph
+        self.record = Record()
+        self.pool = KVPool()
+        self.graphs = Graphs()
+        self.vision_slots = RecentSlots()
+        _living.add(self)
+
+    def __reduce__(self) -> tuple:
+        return Runtime, (self.backend, self.cuda_graph)
+
+    def backend_on(self, device: torch.device) -> str:
+        return default_backend(device) if self.backend == "auto" else self.backend
+
+    def can_capture(self, device: torch.device) -> bool:
+        return self.cuda_graph and self.graphs.can_capture(device)
+
+    def release(self) -> bool:
+        """Frees graphs and idle KV memory; whether there were any."""
+        freed = [self.graphs.clear(), self.pool.clear()]
+        self.vision_slots.slots.clear()
+        return any(freed)
+
+
+def runtime_of(module: nn.Module) -> Runtime | None:
+    """None where another thread has unpatched the model meanwhile."""
+    return vars(module).get(RUNTIME)
+
+
+def with_room(run: Callable[[], T]) -> T:
+    """`run()`; where memory runs out, once more without what the graphs of all models hold: they only save time."""
+    if torch.compiler.is_compiling():
+        return run()
+    try:
+        return run()
+    except torch.OutOfMemoryError:
+        if not any([runtime.release() for runtime in list(_living)]):
+            raise
+    logger.warning("out of memory: CUDA graphs were given up for it")
+    return run()
+
+
+FAST: dict[type[nn.Module], type[nn.Module]] = {}
+"""Class -> the class that a patched instance of it has."""
+
+
+def stands_for(base: type[nn.Module]) -> Callable[[type], type]:
+    """Declares the patched class of `base`. It goes by the same name, which `save_pretrained` writes into the configuration."""
+
+    def declare(cls: type) -> type:
+        cls.__name__ = base.__name__
+        # transformers records hidden states of classes that it knows by this; of others it gives None.
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), base._can_record_outputs)
+        FAST[base] = cls
+        return cls
+
+    return declare
+
+
+def original(patched: type, module: nn.Module, name: str) -> Callable[..., Any]:
+    """The method that `patched` stands in front of, as a function; `super()` that works too when the class is changed back
+    while a call runs."""
+    cls = type(module)
+    return getattr(super(patched, cls) if issubclass(cls, patched) else cls, name)
+
+
+class FastModule:
+    """What the patched classes have in common."""
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        """Weights that move or change their dtype are not kept alive by graphs that read them."""
+        if (runtime := runtime_of(self)) is not None:
+            runtime.release()
+        return super()._apply(fn, recurse)

@@ -1,0 +1,391 @@
+"""The text model's forward over the kernels: packed rows, and a cache that is written in place.
+
+    embeds (B, L, width)
+        -> rows (T, width)                      without padding
+        per layer, x and the residual r carried on:
+            n, r = rms_norm(x + r)
+            q, k, v = n Wq^T, n Wk^T, n Wv^T
+            q = qk_norm_rope(q, k, v)           keys and values go into the cache (`kv_cache.py`)
+            a = attention(q, cache)             split over the cache for a few new tokens, varlen for a prompt
+            n, r = rms_norm(a Wo^T + r)
+            x = silu_and_mul(n Wgate^T, n Wup^T) Wdown^T
+        -> rms_norm(x + r) -> (B, L, width)
+
+Thirteen launches a layer in decoding. A request (`request.py`) is guarded and planned by its first forward (`first_step`); those
+that follow on the same cache take `next_step`, which looks at shapes only.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Qwen3Model
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from llava15_kernels import flash_attn_varlen_func, flash_attn_with_kvcache, qk_norm_rope, rms_norm, silu_and_mul
+from llava15_kernels.flash_decode import max_rows
+from llava15_kernels.qk_norm_rope import norm_and_rotate, rope_tables, write_rows
+
+from ..model.modeling import send
+from ..model.releases import CACHE
+from .guards import FORWARDS, Facts, call_guard, is_plain, qkv_of, text_facts
+from .kv_cache import Loan, Pair
+from .layout import Spans, TextLayout, decode_layout, decode_numbers, prompt_layout
+from .request import Request, current
+from .runtime import FastModule, Runtime, original, runtime_of, stands_for, with_room
+
+METHOD = "language_model"
+
+
+@stands_for(Qwen3Model)
+class FastTextModel(FastModule, Qwen3Model):
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if (cache := kwargs.pop("cache", None)) is None:  # its other name, see `releases.CACHE`
+            cache = past_key_values
+        call = TextCall(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, kwargs)
+        forward, runtime = original(FastTextModel, self, "forward"), runtime_of(self)
+        if runtime is None or forward is not FORWARDS[Qwen3Model]:
+            step: Step | str = "the class has a forward of its own"
+        else:
+            step = plan(self, runtime, call)
+        if isinstance(step, str):
+            if runtime is not None:
+                runtime.record.fall_back(METHOD, step)
+            return forward(self, **call.inputs())
+        hidden_states = execute(self, runtime, call, step)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: step.cache if step.returns_cache else None})
+
+
+@dataclass
+class TextCall:
+    """The arguments of one forward."""
+
+    input_ids: torch.Tensor | None
+    attention_mask: Any
+    position_ids: torch.Tensor | None
+    cache: Cache | None
+    inputs_embeds: torch.Tensor | None
+    use_cache: bool | None
+    options: dict[str, Any]
+
+    @property
+    def given(self) -> torch.Tensor:
+        """Ids (B, L) or embeddings (B, L, width)."""
+        return self.input_ids if self.inputs_embeds is None else self.inputs_embeds
+
+    def inputs(self) -> dict[str, Any]:
+        """For the original."""
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+            CACHE: self.cache,
+            "inputs_embeds": self.inputs_embeds,
+            "use_cache": self.use_cache,
+            **self.options,
+        }
+
+
+@dataclass
+class Step:
+    """One forward, planned.
+
+    Attributes:
+        loan: of the cache, or None without one.
+        layout: for a prompt.
+        numbers: for a few new tokens in the place of a layout, whose numbers are on the host still.
+    """
+
+    facts: Facts
+    cache: Cache | None
+    returns_cache: bool
+    loan: Loan | None
+    position_ids: torch.Tensor
+    layout: TextLayout | None = None
+    numbers: torch.Tensor | None = None
+
+
+def plan(module: nn.Module, runtime: Runtime, call: TextCall) -> Step | str:
+    """What to run, or why the original has to."""
+    if torch.compiler.is_compiling():
+        return compiled_step(module, call)
+    request = current(module, call.cache) or Request(module)
+    return next_step(module, runtime, request, call) or first_step(module, runtime, request, call)
+
+
+def next_step(module: nn.Module, runtime: Runtime, request: Request, call: TextCall) -> Step | None:
+    """A few more tokens of every prompt in a request that is under way; None where it has to be planned anew."""
+    loan = request.loan
+    if loan is None:
+        return None
+    batch, length = call.given.shape[:2]
+    mask, past = call.attention_mask, loan.length
+    if not loan.is_whole or batch != loan.buffers.batch or length > _most_tokens(module):
+        return None
+    if mask is not None and mask.shape != (batch, past + length):
+        return None
+    with_room(lambda: loan.buffers.make_room(past, past + length))
+    positions = _position_ids(call, past)
+    numbers = decode_numbers(request.starts, past, length, loan.buffers.capacity)
+    return Step(request.ask(text_facts, module), call.cache, call.use_cache is not False, loan, positions, numbers=numbers)
+
+
+def first_step(module: nn.Module, runtime: Runtime, request: Request, call: TextCall) -> Step | str:
+    """Everything is looked at, and only then is the cache touched."""
+    facts, use_cache, cache = request.ask(text_facts, module), call.use_cache, call.cache
+    if reason := facts.guard or _input_guard(module, call):
+        return reason
+    config, (batch, length), n_layers = module.config, call.given.shape[:2], module.config.num_hidden_layers
+    use_cache = config.use_cache if use_cache is None else use_cache
+    if use_cache and cache is None:
+        cache = DynamicCache(config=config)
+    if cache is not None and (reason := runtime.pool.guard(cache, n_layers)):
+        return reason
+    past = 0 if cache is None else cache.get_seq_length()
+    tokens = _tokens(request, call, past)
+    if isinstance(tokens, str):
+        return tokens
+    if not tokens.is_full and not facts.plain and not facts.row_by_row:
+        return "a linear layer has to see the padding, which is left out"
+    loan = None
+    if cache is not None:
+        like = module.norm.weight.new_empty((batch, 0, config.num_key_value_heads, config.head_dim))
+        loan = with_room(lambda: runtime.pool.borrow(cache, n_layers, like, past + length))
+    request.begin(cache, loan, [start for start, _ in tokens.spans])
+    step = Step(facts, cache, bool(use_cache), loan, _position_ids(call, past))
+    if loan is not None and tokens.is_full and past and length <= _most_tokens(module):
+        step.numbers = decode_numbers(request.starts, past, length, loan.buffers.capacity)
+    else:
+        step.layout = prompt_layout(tokens, step.position_ids, None if loan is None else loan.buffers.capacity)
+    return step
+
+
+def compiled_step(module: nn.Module, call: TextCall) -> Step | str:
+    """torch.compile captures by itself; a cache that is written in place and a mask that is read are nothing for it."""
+    facts = text_facts(module)
+    if reason := facts.guard or _input_guard(module, call):
+        return reason
+    if call.cache is not None or call.use_cache or (call.use_cache is None and module.config.use_cache):
+        return "a forward with a cache is compiled"
+    if call.attention_mask is not None:
+        return "a forward with a mask is compiled"
+    batch, length = call.given.shape[:2]
+    positions = _position_ids(call, 0)
+    bounds = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=positions.device)
+    rows = positions.expand(batch, -1).reshape(1, -1)
+    layout = TextLayout(rows, None, None, bounds, bounds, length, length, batch * length)
+    return Step(facts, None, False, None, positions, layout)
+
+
+def _input_guard(module: nn.Module, call: TextCall) -> str | None:
+    if (call.input_ids is None) == (call.inputs_embeds is None):
+        return "not exactly one of input_ids and inputs_embeds is given"
+    given = call.given
+    if given.ndim < 2 or given.shape[2:] != (() if call.inputs_embeds is None else module.norm.weight.shape):
+        return "the input is not one token or one row per position"
+    layers = () if call.cache is None or not torch.is_grad_enabled() else getattr(call.cache, "layers", ())
+    filled = [side for layer in layers for side in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+    filled = [side for side in filled if isinstance(side, torch.Tensor)]
+    return call_guard(module, given, module.norm.weight, call.options, *filled)
+
+
+def _tokens(request: Request, call: TextCall, past: int) -> Spans | str:
+    """Which of the new tokens are padding, or why that is nothing for the kernels."""
+    mask, positions, (batch, length) = call.attention_mask, call.position_ids, call.given.shape[:2]
+    if positions is not None and (positions.ndim != 2 or positions.shape[1] != length):
+        return "the positions are not one per token"
+    if positions is not None and call.cache is None and mask is None and not _rises_by_one(positions):
+        # Without a cache transformers reads jumps in the positions as the borders of packed sequences.
+        return "the positions describe packed sequences"
+    total = past + length
+    padding = request.padding_of(mask)
+    if isinstance(padding, str):
+        return padding
+    if mask is not None and mask.shape != (batch, total):
+        return "the attention mask is not one flag per token"
+    tokens = Spans([(0, total)] * batch if padding is None else padding.within(total), past, length)
+    if tokens.is_empty:
+        return "there is nothing but padding"
+    # `generate` says `use_cache`, and reads what follows the last token, be it padding.
+    if call.use_cache is not None and any(end < total for end in tokens.ends):
+        return "a prompt ends with padding"
+    if request.reads_padding and any(start > past for start in tokens.starts):
+        return "a loss reads the padding before a prompt"
+    return tokens
+
+
+def _rises_by_one(positions: torch.Tensor) -> bool:
+    return not bool((positions.diff(dim=-1) != 1).any())
+
+
+def _position_ids(call: TextCall, past: int) -> torch.Tensor:
+    """(1, L) or (B, L), on the device."""
+    given = call.given
+    if call.position_ids is not None:
+        return call.position_ids.to(given.device)
+    return torch.arange(past, past + given.shape[1], device=given.device)[None]
+
+
+def _most_tokens(module: nn.Module) -> int:
+    """New tokens of a prompt that attention split over the cache takes."""
+    config = module.config
+    group = config.num_attention_heads // config.num_key_value_heads
+    return max_rows(config.head_dim, module.norm.weight.dtype) // group
+
+
+def execute(module: nn.Module, runtime: Runtime, call: TextCall, step: Step) -> torch.Tensor:
+    """(B, L, width), after the last norm; the cache counts the new tokens as soon as they are there."""
+    embeds = module.embed_tokens(call.input_ids) if call.inputs_embeds is None else call.inputs_embeds
+    hidden_states = None if step.numbers is None else _replay(module, runtime, step, embeds)
+    if hidden_states is None:
+        backend = runtime.backend_on(embeds.device)
+        runtime.record.run(METHOD, backend)
+        layout, storages = step.layout, None if step.loan is None else step.loan.buffers.layers
+        if layout is None:
+            batch = len(embeds)
+            rows = step.position_ids.expand(batch, -1).reshape(1, -1)
+            layout = decode_layout(rows, send(step.numbers, embeds.device), batch)
+        shape = None if step.facts.plain or layout.rows is not None else tuple(embeds.shape[:2])
+        hidden_states = with_room(functools.partial(run_layers, module, embeds, layout, storages, backend, shape))
+    if step.loan is not None:
+        step.loan.advance(embeds.shape[1])
+    return hidden_states
+
+
+def _replay(module: nn.Module, runtime: Runtime, step: Step, embeds: torch.Tensor) -> torch.Tensor | None:
+    """The output for one new token per prompt by a CUDA graph; None where there is none."""
+    batch, length = embeds.shape[:2]
+    if length != 1 or not runtime.can_capture(embeds.device) or step.facts.fingerprint is None:
+        return None
+    backend, storages = runtime.backend_on(embeds.device), step.loan.buffers.layers
+
+    def run(embeds: torch.Tensor, position_ids: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        return run_layers(module, embeds, decode_layout(position_ids, numbers, batch), storages, backend)
+
+    positions = step.position_ids.expand(batch, -1).reshape(1, -1)
+    # Pinned: a copy from elsewhere may wait for the device.
+    numbers = step.numbers.pin_memory() if embeds.device.type == "cuda" else step.numbers
+    key = (METHOD, step.facts.fingerprint, backend, embeds.shape, embeds.dtype, positions.dtype)
+    slot, inputs = step.loan.buffers.slot, (embeds, positions, numbers)
+    hidden_states = runtime.graphs.run(slot, key, inputs, run, embeds.device, step.facts.reads)
+    if hidden_states is not None:
+        runtime.record.run(METHOD, f"{backend}, CUDA graph")
+    return hidden_states
+
+
+def run_layers(
+    module: nn.Module,
+    embeds: torch.Tensor,
+    layout: TextLayout,
+    storages: Sequence[Pair] | None,
+    backend: str,
+    shape: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """(B, L, width) -> (B, L, width) after the last norm; zeros where the layout has padding.
+
+    Args:
+        storages: keys and values of every layer, (B, capacity, kv_heads, head_dim).
+        shape: (B, L) where linear layers have to see their rows in transformers' shape, because of a hook or adapter.
+    """
+    x = embeds.flatten(0, 1)
+    if layout.rows is not None:
+        x = x[layout.rows]
+    rope = layout.position_ids, module.rotary_emb.inv_freq.float(), module.rotary_emb.attention_scaling
+    if backend == "torch":
+        # Made once; the kernel makes its angles where it uses them.
+        rope = rope_tables(*rope)
+    config = module.config
+    # Read once: transformers' configurations take their time.
+    heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
+    layers = [*module.layers][: config.num_hidden_layers]
+    norms = [layer.input_layernorm for layer in layers[1:]] + [module.norm]
+    first = layers[0].input_layernorm
+    normed, residual = rms_norm(x, first.weight, first.variance_epsilon, backend=backend), x
+    for layer, next_norm in zip(layers, norms, strict=True):
+        attention, norm, mlp = layer.self_attn, layer.post_attention_layernorm, layer.mlp
+        storage = None if storages is None else storages[attention.layer_idx]
+        attended = attend(heads, attention, normed, layout, rope, storage, embeds.shape[0], backend, shape)
+        (x,) = project((attention.o_proj,), attended, shape)
+        normed, residual = rms_norm(x, norm.weight, norm.variance_epsilon, residual, backend=backend)
+        (x,) = project((mlp.down_proj,), _gated(mlp, normed, backend, shape), shape)
+        normed, residual = rms_norm(x, next_norm.weight, next_norm.variance_epsilon, residual, backend=backend)
+    if layout.rows is None:
+        return normed.view(embeds.shape)
+    return normed.new_zeros(embeds.shape).flatten(0, 1).index_copy_(0, layout.rows, normed).view(embeds.shape)
+
+
+def project(layers: Sequence[nn.Module], x: torch.Tensor, shape: tuple[int, int] | None) -> list[torch.Tensor]:
+    """The outputs of linear layers that read the same rows (T, width): the one place that decides how they are computed."""
+    if shape is None:
+        return [layer(x) for layer in layers]
+    return [layer(x.view(*shape, -1)).flatten(0, 1) for layer in layers]
+
+
+def _gated(mlp: nn.Module, normed: torch.Tensor, backend: str, shape: tuple[int, int] | None) -> torch.Tensor:
+    gate, up = project((mlp.gate_proj, mlp.up_proj), normed, shape)
+    if backend == "torch" and is_plain(mlp.gate_proj):  # nobody else holds its output
+        return nn.functional.silu(gate, inplace=True).mul_(up)
+    return silu_and_mul(gate, up, backend=backend)
+
+
+def attend(
+    heads: tuple[int, int, int],
+    attention: nn.Module,
+    normed: torch.Tensor,
+    layout: TextLayout,
+    rope: tuple,
+    storage: Pair | None,
+    batch: int,
+    backend: str,
+    shape: tuple[int, int] | None,
+) -> torch.Tensor:
+    """(T, width) -> (T, heads * head_dim): projections, head norms, rotary embedding, cache, attention.
+
+    `heads` are those of q, k and v.
+    """
+    head_dim = attention.head_dim
+    projected = project(qkv_of(attention), normed, shape)
+    q, k, v = (x.view(1, -1, n, head_dim) for x, n in zip(projected, heads, strict=True))
+    norms = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon
+    if storage is not None:
+        k_cache, v_cache = storage
+        keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
+    if backend == "torch":
+        q, k = norm_and_rotate(q, k, *norms, *rope)
+        if storage is not None:
+            write_rows(keys, values, layout.slots, k, v)
+    else:
+        *angles, scaling = rope
+        cache = {} if storage is None else {"v": v, "k_cache": keys, "v_cache": values, "slot_mapping": layout.slots}
+        q = qk_norm_rope(q, k, *norms, *angles, attention_scaling=scaling, backend=backend, **cache)
+        if storage is None:
+            q, k = q
+    if storage is None:
+        keys, values = k[0], v[0]
+    if layout.cache_seqlens is not None:
+        attended = flash_attn_with_kvcache(
+            q.view(batch, -1, heads[0], head_dim), k_cache, v_cache,
+            cache_seqlens=layout.cache_seqlens, cache_leftpad=layout.cache_leftpad,
+            softmax_scale=attention.scaling, causal=True, backend=backend,
+        )  # fmt: skip
+    else:
+        attended = flash_attn_varlen_func(
+            q[0], keys[: layout.total_k], values[: layout.total_k], layout.cu_seqlens_q, layout.cu_seqlens_k,
+            layout.max_seqlen_q, layout.max_seqlen_k, softmax_scale=attention.scaling, causal=True, backend=backend,
+        )  # fmt: skip
+    return attended.view(normed.shape[0], -1)

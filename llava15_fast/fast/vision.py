@@ -1,0 +1,173 @@
+"""The vision tower over the kernels: patch embedding, blocks, merger.
+
+    x = pixels Wpatch^T, a class row before each segment, layer_norm
+    per block, x and the residual r carried on:
+        n, r = layer_norm(x + r)
+        q, k, v = n Wqkv^T + b,     q, k = vision_rope_2d(q, k)
+        a = attention(q, k, v)                          inside each segment
+        n, r = layer_norm(a Wproj^T + b + r)
+        x = gelu(n W1^T + b) W2^T + b
+    -> x + r
+
+Nine launches a block, and no copy between host and device.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava15_kernels import flash_attn_varlen_func, gelu, layer_norm, patch_merge, vision_rope_2d
+from llava15_kernels.vision_rope import apply_rope_tables, vision_rope_tables
+
+from ..model.modeling import LlavaOnevision1_5VisionModel, VisionLayout
+from . import limits
+from .guards import Facts, call_guard, embed_guard, encode_facts, merge_guard
+from .request import Request, current, opened
+from .runtime import FastModule, Runtime, original, runtime_of, stands_for, with_room
+
+METHODS = {name: getattr(LlavaOnevision1_5VisionModel, name) for name in ("embed_patches", "encode", "merge_patches")}
+
+
+@stands_for(LlavaOnevision1_5VisionModel)
+class FastVisionModel(FastModule, LlavaOnevision1_5VisionModel):
+    @functools.wraps(LlavaOnevision1_5VisionModel.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        forward = original(FastVisionModel, self, "forward")
+        if current(self) is not None:
+            return forward(self, *args, **kwargs)
+        with opened(Request(self)):
+            return forward(self, *args, **kwargs)
+
+    def embed_patches(self, pixel_values: torch.Tensor, layout: VisionLayout) -> torch.Tensor:
+        """The convolution sees one patch at a time: a matrix product, several times faster as one."""
+        weight = getattr(getattr(self.patch_embed, "proj", None), "weight", None)
+        x = pixel_values if weight is None else pixel_values.to(weight.dtype)
+        way = _way(self, "embed_patches", lambda: _ask(self, embed_guard) or call_guard(self, x, weight, {}))
+        if not isinstance(way, Runtime):
+            return way(self, pixel_values, layout)
+        backend = _start(way, "embed_patches", x.device)
+        hidden_states = weight.new_empty(len(layout.position_ids), len(weight))
+        hidden_states[layout.cu_seqlens[:-1]] = self.class_embedding.to(weight.dtype)
+        hidden_states[layout.patch_rows] = nn.functional.linear(x, weight.flatten(1))
+        norm = self.pre_layernorm
+        return layer_norm(hidden_states, norm.weight, norm.bias, norm.eps, backend=backend)
+
+    def encode(self, hidden_states: torch.Tensor, layout: VisionLayout, **kwargs: Any) -> torch.Tensor:
+        def guard() -> str | None:
+            reason = _ask(self, encode_facts).guard
+            return reason or call_guard(self, hidden_states, self.blocks[0].norm1.weight, kwargs)
+
+        way = _way(self, "encode", guard)
+        if not isinstance(way, Runtime):
+            return way(self, hidden_states, layout, **kwargs)
+        replayed = _replay(self, way, _ask(self, encode_facts), hidden_states, layout)
+        if replayed is not None:
+            return replayed
+        backend = _start(way, "encode", hidden_states.device)
+        sizes = layout.position_ids, layout.cu_seqlens, layout.max_seqlen
+        return with_room(functools.partial(run_blocks, self, hidden_states, *sizes, backend))
+
+    def merge_patches(self, hidden_states: torch.Tensor, layout: VisionLayout) -> tuple[torch.Tensor, torch.Tensor]:
+        def guard() -> str | None:
+            return _ask(self, merge_guard) or call_guard(self, hidden_states, self.merger.ln_q.weight, {})
+
+        way = _way(self, "merge_patches", guard)
+        if not isinstance(way, Runtime):
+            return way(self, hidden_states, layout)
+        norm, backend = self.merger.ln_q, _start(way, "merge_patches", hidden_states.device)
+        merged = patch_merge(
+            hidden_states, norm.weight, norm.bias, norm.eps, layout.cu_seqlens, self.spatial_merge_size, backend=backend
+        )
+        return hidden_states[layout.patch_rows], self.merger.mlp(merged)
+
+
+def _ask(module: nn.Module, guard: Any) -> Any:
+    """Once in a request; by itself, or compiled, a method is none."""
+    request = None if torch.compiler.is_compiling() else current(module)
+    return guard(module) if request is None else request.ask(guard, module)
+
+
+def _way(module: nn.Module, name: str, guard: Any) -> Any:
+    """The runtime where the kernels run, or the original method; that it ran instead is counted."""
+    method, runtime = original(FastVisionModel, module, name), runtime_of(module)
+    if runtime is None:
+        return method
+    reason = "the class has a method of its own" if method is not METHODS[name] else guard()
+    if reason is None:
+        return runtime
+    runtime.record.fall_back(f"visual.{name}", reason)
+    return method
+
+
+def _start(runtime: Runtime, name: str, device: torch.device) -> str:
+    backend = runtime.backend_on(device)
+    runtime.record.run(f"visual.{name}", backend)
+    return backend
+
+
+def _replay(
+    module: nn.Module, runtime: Runtime, facts: Facts, hidden_states: torch.Tensor, layout: VisionLayout
+) -> torch.Tensor | None:
+    """The blocks by a CUDA graph, where the host would take longer to launch them than the device to run them."""
+    device = hidden_states.device
+    if len(hidden_states) > limits.VISION_GRAPH_ROWS or not runtime.can_capture(device) or facts.fingerprint is None:
+        return None
+    backend = runtime.backend_on(device)
+    if backend == "torch" and device.type == "cuda":  # its attention reads lengths back from the device
+        return None
+
+    def step(hidden_states: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        return run_blocks(module, hidden_states, position_ids, cu_seqlens, layout.max_seqlen, backend)
+
+    # The grids themselves are inputs; the longest segment is a number in the launch.
+    sizes = layout.lengths, hidden_states.dtype
+    key = ("visual.encode", facts.fingerprint, backend, *sizes)
+    inputs = hidden_states, layout.position_ids, layout.cu_seqlens
+    output = runtime.graphs.run(runtime.vision_slots.of(sizes), key, inputs, step, device, facts.reads)
+    if output is not None:
+        runtime.record.run("visual.encode", f"{backend}, CUDA graph")
+    return output
+
+
+def run_blocks(
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    position_ids: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    backend: str,
+) -> torch.Tensor:
+    """(S, hidden) -> (S, hidden)."""
+    angles = position_ids, module.rotary_pos_emb.inv_freq, module.class_pos_emb
+    # Without the kernel, which makes its angles where it uses them, the tables are made once.
+    tables = vision_rope_tables(*angles) if backend == "torch" else None
+
+    def norm(layer: nn.LayerNorm, *x: torch.Tensor) -> Any:
+        return layer_norm(x[0], layer.weight, layer.bias, layer.eps, *x[1:], backend=backend)
+
+    def attend(attention: nn.Module, normed: torch.Tensor) -> torch.Tensor:
+        query, key, value = attention.qkv(normed).view(-1, 3, attention.num_heads, attention.head_dim).unbind(1)
+        if tables is None:
+            query, key = vision_rope_2d(query, key, *angles, backend=backend)
+        else:
+            query, key = apply_rope_tables(query, key, *tables)
+        attended = flash_attn_varlen_func(
+            query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+            softmax_scale=attention.scaling, backend=backend,
+        )  # fmt: skip
+        return attention.proj(attended.view(normed.shape))
+
+    blocks = module.blocks
+    normed, residual = norm(blocks[0].norm1, hidden_states), hidden_states
+    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        normed, residual = norm(block.norm2, attend(block.attn, normed), residual)
+        hidden_states = block.mlp.fc2(gelu(block.mlp.fc1(normed), backend=backend))
+        if following is not None:
+            normed, residual = norm(following.norm1, hidden_states, residual)
+    return hidden_states + residual

@@ -1,0 +1,150 @@
+"""`patch`, `unpatch`, `patched`: the kernels go into the forward passes of one model instance, and out again.
+
+A patched module has another class: a subclass of its own at module level (`runtime.stands_for`), in which the original is
+`super()`. So weights, other models and classes stay as they are; a copy, a pickle or a replica computes with its own weights; a
+`forward` that lies on an instance wins; and changing the class back is the undo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from llava15_kernels._dispatch import Backend
+
+from ..fast import generate, text, vision  # noqa: F401  -- declare the patched classes
+from ..fast.runtime import FAST, RUNTIME, FastModule, Runtime, runtime_of
+from .report import PatchHandle
+from .targets import check_model, find_model, patched_modules
+
+
+def patch(model: nn.Module, backend: Backend = "auto", *, cuda_graph: bool = True) -> PatchHandle:
+    """Makes this instance run the kernels in the methods of `TARGETS`.
+
+    Args:
+        model: a `LlavaOnevision1_5ForConditionalGeneration` or `LlavaOnevision1_5Model`, or a module that holds one.
+        backend: "triton" for the kernels, "torch" for their eager counterparts, "auto" for the kernels wherever they can
+            run. A call that needs a gradient runs the original forward.
+        cuda_graph: on a GPU, replay the decode step, and the vision tower on small images of sizes that come again, as CUDA
+            graphs.
+
+    Returns:
+        A handle with `report()`. Patching a patched model again changes nothing, or changes the backend.
+
+    Raises:
+        TypeError: `model` holds no model that is known here.
+        PatchError: a target is missing or has another class, signature, dtype or head_dim than expected.
+        RuntimeError: the backend cannot run on the model's device.
+    """
+    root = find_model(model)
+    check_model(root, backend)
+    modules = patched_modules(root)
+    present = [runtime_of(module) if isinstance(module, FastModule) else None for module, _ in modules]
+    wanted = backend, cuda_graph
+    # Not so after an `unpatch` that was interrupted.
+    complete = present[0] is not None and all(runtime is present[0] for runtime in present)
+    if complete and (present[0].backend, present[0].cuda_graph) == wanted:
+        return PatchHandle(model)
+    try:
+        unpatch(model)
+        runtime = Runtime(backend, cuda_graph)
+        for module, base in modules:
+            _install(module, FAST[base], runtime)
+    except BaseException:
+        unpatch(model)
+        raise
+    return PatchHandle(model)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Puts the original classes back. A model that is not patched stays as it is.
+
+    Raises:
+        TypeError: `model` holds no model that is known here.
+    """
+    find_model(model)
+    for module in model.modules():
+        if isinstance(module, FastModule):
+            _change_class(module, unpatched_class(type(module)))
+        # Last: a patched class finds what it needs until it is gone, and who was interrupted can call this again.
+        if (runtime := vars(module).pop(RUNTIME, None)) is not None:
+            runtime.release()
+
+
+@contextlib.contextmanager
+def patched(model: nn.Module, backend: Backend = "auto", *, cuda_graph: bool = True) -> Iterator[PatchHandle]:
+    """`patch` for the length of a `with` block; undone also when the body raises.
+
+    A model that was patched before stays patched, with its backend.
+    """
+    before = next((found for module, _ in patched_modules(find_model(model)) if (found := runtime_of(module))), None)
+    handle = patch(model, backend, cuda_graph=cuda_graph)
+    try:
+        yield handle
+    finally:
+        try:
+            unpatch(model)
+        finally:  # interrupted or not
+            if before is not None:
+                patch(model, before.backend, cuda_graph=before.cuda_graph)
+
+
+def _install(module: nn.Module, fast: type[nn.Module], runtime: Runtime) -> None:
+    vars(module)[RUNTIME] = runtime
+    _change_class(module, patched_class(type(module), fast))
+
+
+def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """accelerate's hooks keep the forward that they wrap on the instance, bound to the class of their time, and leave it there
+    when they go: it has to be that of the class now."""
+    before = vars(type(module)).get("forward") or type(module).forward
+    bound = [
+        slot
+        for slot in ("forward", "_old_forward")
+        if isinstance(method := vars(module).get(slot), MethodType) and method.__self__ is module and method.__func__ is before
+    ]
+    module.__class__ = cls
+    for slot in bound:
+        vars(module)[slot] = MethodType(cls.forward, module)
+
+
+@functools.cache
+def patched_class(cls: type[nn.Module], fast: type[nn.Module]) -> type[nn.Module]:
+    """`fast` in front of `cls`: itself, or for a subclass of a user's, or one that FSDP2 or a parametrization has made, a class
+    that is made here, and pickled by what it consists of."""
+    if FAST.get(cls) is fast:
+        return fast
+    body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": _reduce, ORIGINAL: cls}
+    return type(cls)(cls.__name__, (fast, cls), body)
+
+
+ORIGINAL = "_llava15_original"
+
+
+def _reduce(module: nn.Module, protocol: Any) -> tuple:
+    fast, cls = type(module).__bases__
+    return _new, (cls, fast), module.__getstate__()
+
+
+def _new(cls: type[nn.Module], fast: type[nn.Module]) -> nn.Module:
+    made = patched_class(cls, fast)
+    return made.__new__(made)
+
+
+def unpatched_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that `patch` found, also where somebody, FSDP2 or a parametrization, has made a subclass of ours since."""
+    if not issubclass(cls, FastModule):
+        return cls
+    if ORIGINAL in vars(cls):
+        return vars(cls)[ORIGINAL]
+    for base, fast in FAST.items():
+        if cls is fast:
+            return base
+    bases = tuple(dict.fromkeys(map(unpatched_class, cls.__bases__)))
+    body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, body)
