@@ -10,6 +10,7 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "llava15_fast/__init__.py").read_text(), re.M)[1]
+PARTS = ("model", "fast", "patching", "tools", "assets")
 
 setup(
     name="llava15-fast",
@@ -20,7 +21,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["llava15_fast", *(f"llava15_fast.{part}" for part in ("model", "fast", "patching", "tools", "assets")), "llava15_kernels"],
+    packages=["llava15_fast", *(f"llava15_fast.{part}" for part in PARTS), "llava15_kernels"],
     package_dir={"llava15_kernels": "kernels/llava15_kernels", "llava15_fast.assets": "assets"},
     package_data={"llava15_fast.assets": ["scenes_checkpoint/*", "samples/*"]},
     install_requires=[

@@ -29,9 +29,9 @@ from transformers import (
     set_seed,
 )
 
-from llava15_fast.configuration import LlavaOnevision1_5Config
-from llava15_fast.modeling import LlavaOnevision1_5ForConditionalGeneration
-from llava15_fast.processing import LlavaOnevision1_5Processor
+from llava15_fast.model.configuration import LlavaOnevision1_5Config
+from llava15_fast.model.modeling import LlavaOnevision1_5ForConditionalGeneration
+from llava15_fast.model.processing import LlavaOnevision1_5Processor
 
 from .scenes import QUESTION, SIZE, all_sentences, chat, held_out_accuracy, held_out_scene, training_scene
 

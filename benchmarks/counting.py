@@ -27,7 +27,7 @@ from transformers import DynamicCache
 from transformers.initialization import no_init_weights
 
 from llava15_fast import LlavaOnevision1_5Config, LlavaOnevision1_5ForConditionalGeneration
-from llava15_fast.kv_cache import adopt
+from llava15_fast.fast.kv_cache import adopt
 from llava15_kernels.cost import cost_of, nbytes
 
 from .sizes import TEXT

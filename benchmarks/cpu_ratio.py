@@ -24,7 +24,7 @@ from rich.progress import track
 
 import llava15_fast
 from llava15_fast import LlavaOnevision1_5Config, LlavaOnevision1_5ForConditionalGeneration
-from llava15_fast.modeling import LlavaOnevision1_5VisionAttention, VisionLayout
+from llava15_fast.model.modeling import LlavaOnevision1_5VisionAttention, VisionLayout
 from llava15_kernels.vision_rope import apply_rope_tables
 
 from .rows import environment, output_file, positive, write_document

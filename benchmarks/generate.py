@@ -54,8 +54,8 @@ from triton.runtime.jit import JITFunction
 
 import llava15_fast
 from llava15_fast import LlavaOnevision1_5Config, LlavaOnevision1_5ForConditionalGeneration
-from llava15_fast.releases import CACHE
-from llava15_fast.verification import exact_float32
+from llava15_fast.model.releases import CACHE
+from llava15_fast.tools.verify import exact_float32
 from llava15_kernels._dispatch import Backend
 from llava15_kernels.testing import assert_close, worst
 

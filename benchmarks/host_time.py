@@ -93,7 +93,7 @@ def functions(device: torch.device, dtype: torch.dtype) -> list[Function]:
             call(layer_norm, x, weight, weight, 1e-6, x),
             call(ops.add_layer_norm, x, x, weight, weight, 1e-6),
         ),
-        Function("silu_and_mul", call(silu_and_mul, x), call(ops.silu_and_mul, x)),
+        Function("silu_and_mul", call(silu_and_mul, x), call(ops.silu_and_mul, *x.chunk(2, -1))),
         Function("gelu", call(gelu, x), call(ops.gelu, x, None)),
         Function(
             "patch_merge",
@@ -174,7 +174,7 @@ def host_rows(device: torch.device, dtype: torch.dtype, rounds: int = 30, batch:
 
 
 class NoGraph:
-    """In the place of `graphs.CapturedStep`: nothing is recorded, and nothing launched."""
+    """In the place of `cuda_graphs.CapturedStep`: nothing is recorded, and nothing launched."""
 
     new_pool = staticmethod(object)
     new_stream = staticmethod(lambda device: None)
@@ -200,7 +200,7 @@ def token_row(device: torch.device, rounds: int, tokens: int = 64, layers: int =
     """A replayed token, by the difference between a long and a short answer; the least of all rounds."""
     # transformers: the kernels are measured without it.
     import llava15_fast
-    from llava15_fast import graphs
+    from llava15_fast.fast import cuda_graphs
 
     from .generate import tiny_config
 
@@ -216,8 +216,8 @@ def token_row(device: torch.device, rounds: int, tokens: int = 64, layers: int =
         return 1e6 * (time.perf_counter() - start)
 
     with (
-        mock.patch.object(graphs, "CapturedStep", NoGraph),
-        mock.patch.object(graphs.Graphs, "can_capture", staticmethod(lambda device: True)),
+        mock.patch.object(cuda_graphs, "CapturedStep", NoGraph),
+        mock.patch.object(cuda_graphs.Graphs, "can_capture", staticmethod(lambda device: True)),
         llava15_fast.patched(model),
     ):
         answer(4)

@@ -140,7 +140,7 @@ def count(size: str, phases: tuple[Phase, ...] = PHASES, architecture: str = "sm
     import torch
 
     import llava15_fast
-    from llava15_fast.modeling import VisionLayout
+    from llava15_fast.model.modeling import VisionLayout
     from llava15_kernels._dispatch import as_if_on
 
     from .counting import Counter, fake_model, filled_cache

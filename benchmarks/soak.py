@@ -29,7 +29,7 @@ from rich.progress import track
 
 import llava15_fast
 from assets.scenes import QUESTION, held_out_scene
-from llava15_fast.cli import assets_folder, load
+from llava15_fast.tools.cli import assets_folder, load
 
 from .rows import environment, output_file, positive, write_document
 

@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 import llava15_fast
 import llava15_kernels
 from llava15_fast import LlavaOnevision1_5ForConditionalGeneration, graphs, sites
-from llava15_fast.releases import CACHE
+from llava15_fast.model.releases import CACHE
 
 from .generate import tiny_config
 from .host_time import NoGraph, as_if_on_a_gpu

@@ -128,15 +128,20 @@ def _is_theirs(function: Any) -> bool:
 
 
 def _seen(owner: Any, name: str) -> Seen:
-    value = vars(owner)[name]
+    value = getattr(owner, name)
     return Seen(owner, name, value if _is_theirs(value) else None)
 
 
 def _methods(*classes: type) -> list[Seen]:
     """Of the classes and of what they inherit from, up to `nn.Module`, of which only what a call passes through."""
-    owners = dict.fromkeys(owner for cls in classes for owner in cls.__mro__ if owner not in (object, nn.Module))
-    found = [_seen(owner, name) for owner in owners for name, value in vars(owner).items() if callable(value)]
-    return found + [_seen(nn.Module, name) for name in ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")]
+    found = []
+    for cls in classes:
+        owners = [owner for owner in cls.__mro__ if owner not in (object, nn.Module)]
+        names = dict.fromkeys(name for owner in owners for name in vars(owner) if isinstance(getattr(cls, name), FunctionType))
+        found += [_seen(cls, name) for name in names]
+        if issubclass(cls, nn.Module):
+            found += [_seen(cls, name) for name in ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")]
+    return found
 
 
 def _classes(parts: Iterable[Part]) -> set[type]:
@@ -185,7 +190,7 @@ KNOWN_ATTENTION = {
 def replaced(group: str) -> str | None:
     """What of `WATCHED[group]` is not what it was."""
     for owner, name, value in WATCHED[group]:
-        if vars(owner).get(name) is not value or value is None:
+        if getattr(owner, name, None) is not value or value is None:
             return f"{owner.__name__}.{name} was replaced"
     return None
 

@@ -38,6 +38,7 @@ from .checkpoint import check_checkpoint_files, published_names, register_tensor
 from .configuration import LlavaOnevision1_5Config, LlavaOnevision1_5VisionConfig
 from .releases import CACHE
 
+
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """From the host to `device` without waiting for it, which a copy from pageable memory would do."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

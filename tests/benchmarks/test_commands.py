@@ -97,7 +97,7 @@ def test_dense_masks_are_what_the_rows_of_that_name_are_against(monkeypatch):
 
 @needs_no_gpu
 def test_a_wrong_result_has_no_ratio(tmp_path, monkeypatch, capsys):
-    from llava15_fast import text
+    from llava15_fast.fast import text
 
     right = text.rms_norm
 

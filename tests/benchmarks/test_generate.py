@@ -15,7 +15,7 @@ import llava15_fast
 import llava15_kernels.norms
 from benchmarks import generate, gpu_check, rows
 from benchmarks.generate import PROVIDERS, Answerer, Prompts, Shape
-from llava15_fast import text
+from llava15_fast.fast import text
 
 CPU = torch.device("cpu")
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's run")

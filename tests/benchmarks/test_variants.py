@@ -32,7 +32,7 @@ def test_what_is_missing_is_named():
     code = """
 import sys
 from benchmarks import variants
-from llava15_fast import warm_up
+from llava15_fast.tools import warmup as warm_up
 warm_up.BATCHES = (2,)
 sys.exit(variants.main([]))
 """

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from llava15_fast import cli
+from llava15_fast.tools import cli
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "assets/scenes_checkpoint"

@@ -5,7 +5,7 @@ import torch
 import torch._dynamo.testing
 
 import llava15_fast
-from llava15_fast.modeling import VisionLayout
+from llava15_fast.model.modeling import VisionLayout
 
 
 @pytest.fixture(params=["torch", "triton"])

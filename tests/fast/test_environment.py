@@ -16,7 +16,9 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 import llava15_fast
-from llava15_fast import cli, environment, versions
+from llava15_fast import versions
+from llava15_fast.tools import cli
+from llava15_fast.tools import env as environment
 
 ROOT = Path(__file__).parents[2]
 

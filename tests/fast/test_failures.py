@@ -7,7 +7,7 @@ import torch
 from transformers import StaticCache
 
 import llava15_fast
-from llava15_fast import fusing, kv_cache, text
+from llava15_fast.fast import kv_cache, text
 from llava15_kernels import flash_attn_with_kvcache
 
 OPTIONS = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -67,19 +67,6 @@ def test_a_cache_goes_on_after_a_failed_step(tiny, prompt, monkeypatch):
         again = tiny(input_ids=step, past_key_values=cache).logits
         fresh = tiny(**prompt, use_cache=True).past_key_values
         assert torch.equal(again, tiny(input_ids=step, past_key_values=fresh).logits)
-
-
-def test_no_memory_to_fuse_weights(tiny, prompt, monkeypatch, caplog):
-    expected = tiny.generate(**prompt, **OPTIONS)
-    fusing._log_no_memory.cache_clear()
-
-    def full(weights):
-        raise torch.OutOfMemoryError("full")
-
-    monkeypatch.setattr(fusing, "side_by_side", full)
-    handle = llava15_fast.patch(tiny, "torch")
-    assert torch.equal(tiny.generate(**prompt, **OPTIONS), expected)
-    assert not any(row.fallbacks for row in handle.report().rows) and "run one by one" in caplog.text
 
 
 def test_a_prompt_longer_than_the_model_knows(tiny):

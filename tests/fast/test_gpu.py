@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import llava15_fast
-from llava15_fast import generation, vision
-from llava15_fast.graphs import GRAPHS
+from llava15_fast.fast import generate as generation, vision
+from llava15_fast.fast.cuda_graphs import GRAPHS
 from llava15_fast.patching import VISION_PATIENCE
 
 pytestmark = pytest.mark.gpu

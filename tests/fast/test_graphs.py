@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 import llava15_fast
 from llava15_fast import graphs as graphs_module
-from llava15_fast import text
-from llava15_fast.graphs import GRAPHS, Graphs
-from llava15_fast.kv_cache import _Side
+from llava15_fast.fast import text
+from llava15_fast.fast.cuda_graphs import GRAPHS, Graphs
+from llava15_fast.fast.kv_cache import _Side
 from llava15_fast.patching import DECODE_GRAPHS, VISION_PATIENCE
 from llava15_kernels import flash_decode
 
@@ -310,8 +310,8 @@ def test_a_step_runs_once_before_it_is_captured(patched, prompts, monkeypatch):
 
 
 def test_a_growing_cache_is_captured_anew(patched, prompts, monkeypatch):
-    monkeypatch.setattr("llava15_fast.kv_cache.BLOCK", 8)
-    monkeypatch.setattr("llava15_fast.kv_cache.HEADROOM", 0)
+    monkeypatch.setattr("llava15_fast.fast.kv_cache.BLOCK", 8)
+    monkeypatch.setattr("llava15_fast.fast.kv_cache.HEADROOM", 0)
     model, handle = patched
     ids = model.generate(**prompts("text"), max_new_tokens=30, **OPTIONS)
     assert replays(handle) > 20
@@ -522,8 +522,8 @@ def test_storages_of_requests_that_are_over_make_room_for_a_new_one(patched, pro
 
 
 def test_a_cache_that_moves_does_not_hold_its_old_storages(patched, prompts, monkeypatch):
-    monkeypatch.setattr("llava15_fast.kv_cache.BLOCK", 8)
-    monkeypatch.setattr("llava15_fast.kv_cache.HEADROOM", 0)
+    monkeypatch.setattr("llava15_fast.fast.kv_cache.BLOCK", 8)
+    monkeypatch.setattr("llava15_fast.fast.kv_cache.HEADROOM", 0)
     model, _ = patched
     text = model.model.language_model
     seen, empty = [], _Side.empty.__func__
@@ -596,7 +596,7 @@ def test_large_images_and_changed_weights_run_without_the_old_graph(patched, pro
     model.load_state_dict({name: value * 1.1 for name, value in model.state_dict().items()}, assign=True)
     found = features(model, prompt)
     assert replays(handle, "visual.encode") == 2
-    monkeypatch.setattr("llava15_fast.vision.GRAPH_ROWS", 5)
+    monkeypatch.setattr("llava15_fast.fast.vision.GRAPH_ROWS", 5)
     features(model, prompt)
     features(model, prompt)
     assert replays(handle, "visual.encode") == 2

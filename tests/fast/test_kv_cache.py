@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, Qwen3Config, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from llava15_fast import kv_cache
-from llava15_fast.graphs import DecodeGraphs
-from llava15_fast.kv_cache import PreallocatedLayer, adopt
+from llava15_fast.fast import kv_cache
+from llava15_fast.fast.cuda_graphs import DecodeGraphs
+from llava15_fast.fast.kv_cache import PreallocatedLayer, adopt
 
 LAYERS, HEADS, HEAD_DIM = 2, 2, 4
 

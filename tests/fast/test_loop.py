@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import llava15_fast
-from llava15_fast import generation
+from llava15_fast.fast import generate as generation
 
 LATE = 3
 
@@ -115,8 +115,8 @@ def test_the_device_is_asked_for_every_second_token_and_answers_later():
 def test_the_mask_is_read_once(tiny, golden, monkeypatch):
     """Before the first step; from then on the host knows where the padding ends."""
     looked = []
-    spans_of = llava15_fast.text.spans_of
-    for module in (llava15_fast.text, generation):
+    spans_of = llava15_fast.fast.text.spans_of
+    for module in (llava15_fast.fast.text, generation):
         monkeypatch.setattr(module, "spans_of", lambda mask: looked.append(mask.shape[1]) or spans_of(mask))
     prompt = prompt_of(golden, "batch_left_pad")
     expected, found, _ = both(tiny, prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -125,7 +125,7 @@ def test_the_mask_is_read_once(tiny, golden, monkeypatch):
 
 def test_no_mask_is_made_where_nobody_looks_at_it(tiny, golden, monkeypatch):
     """On a GPU each would be a copy from the host, which could wait for everything that is queued."""
-    monkeypatch.setattr(llava15_fast.text.LeftPadding, "mask", None)
+    monkeypatch.setattr(llava15_fast.fast.text.LeftPadding, "mask", None)
     prompt = prompt_of(golden, "batch_left_pad")
     expected, found, _ = both(tiny, prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(found, expected)
@@ -154,7 +154,7 @@ def test_what_is_no_probability_is_not_drawn_from(broken):
 def test_nothing_is_read_once_the_vision_tower_runs(tiny, golden, monkeypatch, case):
     """A value read from the device behind the tower makes the host wait for all of it, before the first layer is launched."""
     state, reads = {"running": False}, []
-    run_blocks, next_inputs = llava15_fast.vision.run_blocks, generation._next_inputs
+    run_blocks, next_inputs = llava15_fast.fast.vision.run_blocks, generation._next_inputs
 
     def begin(*args):
         state["running"] = True
@@ -176,7 +176,7 @@ def test_nothing_is_read_once_the_vision_tower_runs(tiny, golden, monkeypatch, c
 
     for name in ("item", "tolist", "nonzero", "cpu", "numpy", "__bool__", "__int__", "__index__", "__float__"):
         monkeypatch.setattr(torch.Tensor, name, watched(name))
-    monkeypatch.setattr(llava15_fast.vision, "run_blocks", begin)
+    monkeypatch.setattr(llava15_fast.fast.vision, "run_blocks", begin)
     monkeypatch.setattr(generation, "_next_inputs", end)
     llava15_fast.patch(tiny, "triton")
     tiny.generate(**prompt_of(golden, case), max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)

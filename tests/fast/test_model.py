@@ -21,7 +21,7 @@ from transformers import (
 
 import llava15_fast
 from llava15_fast import LlavaOnevision1_5Config, LlavaOnevision1_5ForConditionalGeneration
-from llava15_fast.releases import CACHE
+from llava15_fast.model.releases import CACHE
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = GOLDEN / "tiny_hub"
@@ -68,7 +68,7 @@ def test_vision_tower_gives_the_originals_numbers(model, golden, case):
 
 @pytest.mark.parametrize("case", ["vision_1x4x6", "vision_two_images", "vision_video_3x4x4", "vision_three_images"])
 def test_rotary_tables_and_segments_are_the_originals(tiny, golden, case):
-    from llava15_fast.modeling import VisionLayout
+    from llava15_fast.model.modeling import VisionLayout
 
     inputs, expected, _ = golden[case]
     visual = tiny.model.visual

@@ -13,7 +13,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RotaryEmbedding
 
 import llava15_fast
-from llava15_fast.patching import TARGETS
+from llava15_fast.patching.targets import TARGETS
 
 OPTIONS = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -202,20 +202,6 @@ def test_other_changes(tiny, prompt, what, first):
     assert_same(outputs(patched, prompt), expected)
 
 
-def test_a_square_weight_that_is_transposed_in_place(device):
-    """The same address, and as many numbers."""
-    from llava15_fast.fusing import FusedLinear
-
-    layers = [nn.Linear(8, 8, bias=False, device=device) for _ in range(2)]
-    fused, x = FusedLinear(), torch.randn(3, 8, device=device)
-    fused.prepare(layers)
-    with torch.no_grad():
-        layers[1].weight.data = layers[1].weight.data.t()
-        expected = torch.cat([layer(x) for layer in layers], dim=-1)
-        fused.prepare(layers)
-        torch.testing.assert_close(fused(x, layers), expected)
-
-
 def test_a_forward_that_was_replaced_for_the_whole_class(tiny, prompt, monkeypatch):
     """As other packages of kernels do."""
     plain = copy.deepcopy(tiny)
@@ -390,7 +376,7 @@ def test_a_text_model_that_is_not_patched(tiny, golden):
 
 def test_every_part_is_a_target():
     """What is looked at in every model is what `patch` asks for."""
-    declared = {target.path for target in TARGETS if target.replacement is None}
+    declared = {target.path for target in TARGETS if not target.kernels}
     parts = {path.replace(".1", ".*") for paths in PATHS.values() for path in paths} - {
         "language_model.layers.*.mlp.act_fn",
         "visual.blocks.*.mlp.act",

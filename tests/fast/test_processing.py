@@ -12,7 +12,7 @@ from transformers import AutoProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from llava15_fast import LlavaOnevision1_5Processor
-from llava15_fast.processing import read_image
+from llava15_fast.model.processing import read_image
 
 CHECKPOINT = Path(__file__).parents[2] / "assets/scenes_checkpoint"
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"

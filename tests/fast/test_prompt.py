@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llava15_fast
-from llava15_fast import sites
+from llava15_fast.fast import record
 
 OPTIONS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -55,16 +55,16 @@ def test_the_head_sees_one_position(tiny, prompt, loop):
 
 
 def test_a_slower_way_is_logged_once_and_counted(tiny, prompt, caplog):
-    sites._log_fallback.cache_clear()
+    record._log_fallback.cache_clear()
     handle = llava15_fast.patch(tiny, "torch")
     with caplog.at_level(logging.WARNING, logger="llava15_fast"):
         for _ in range(3):
             tiny.generate(**prompt, **OPTIONS, max_new_tokens=2, num_beams=2)
             tiny.generate(**prompt, **OPTIONS, max_new_tokens=2, output_hidden_states=True, return_dict_in_generate=True)
-    said = [record.getMessage() for record in caplog.records if "the original runs" in record.getMessage()]
-    assert said.count("generate: the original runs (num_beams is set)") == 1
-    assert said.count("language_model.forward: the original runs (output_hidden_states is on)") == 1
+    said = [record.getMessage() for record in caplog.records if "falls back" in record.getMessage()]
+    assert said.count("generate falls back to the original: neither greedy search nor sampling") == 1
+    assert said.count("language_model falls back to the original: output_hidden_states is on") == 1
     assert len(said) == len(set(said))
     rows = {row.path: row.fallbacks for row in handle.report().rows}
-    assert rows["generate"]["num_beams is set"] == 3 and rows["language_model"] == {"output_hidden_states is on": 6}
-    assert "num_beams is set (3)" in repr(handle.report())
+    assert rows["generate"]["neither greedy search nor sampling"] == 3 and rows["language_model"] == {"output_hidden_states is on": 6}
+    assert "neither greedy search nor sampling (3)" in repr(handle.report())

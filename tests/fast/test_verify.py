@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 import llava15_fast
-from llava15_fast import cli, generation, text, verification, vision
-from llava15_fast.cli import assets_folder
-from llava15_fast.fusing import FusedLinear
-from llava15_fast.verification import Comparison, exact_float32, verify
+from llava15_fast.fast import generate as generation
+from llava15_fast.fast import text, vision
+from llava15_fast.tools import cli
+from llava15_fast.tools import verify as verification
+from llava15_fast.tools.cli import assets_folder
+from llava15_fast.tools.verify import Comparison, exact_float32, verify
 
 STEPS = 6
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
@@ -45,7 +47,7 @@ def state(model):
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
     implementations = [module.config._attn_implementation for module in (model.model.visual, model.model.language_model)]
     # What holds fused weights, and what a patch puts in place, is made anew and does the same.
-    alike = {key: type(value) if isinstance(value, FusedLinear) else value for key, value in attributes.items()}
+    alike = dict(attributes)
     return {key: getattr(value, "func", value) for key, value in alike.items()}, sites, hooks, implementations
 
 
