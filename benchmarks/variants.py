@@ -25,7 +25,9 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import llava15_fast
 import llava15_kernels
-from llava15_fast import LlavaOnevision1_5ForConditionalGeneration, graphs, sites
+from llava15_fast import LlavaOnevision1_5ForConditionalGeneration
+from llava15_fast.fast import cuda_graphs as graphs
+from llava15_fast.fast import runtime
 from llava15_fast.model.releases import CACHE
 
 from .generate import tiny_config
@@ -69,7 +71,7 @@ class Recorder:
         with (
             as_if_on_a_gpu(torch.device("cpu")),
             mock.patch.object(JITFunction, "run", lambda kernel, *args, **options: recorder.launch(kernel, *args, **options)),
-            mock.patch.object(sites, "default_backend", lambda device: "triton"),
+            mock.patch.object(runtime, "default_backend", lambda device: "triton"),
             mock.patch.object(graphs, "CapturedStep", Capture),
             mock.patch.object(graphs.Graphs, "can_capture", staticmethod(lambda device: True)),
         ):

@@ -57,6 +57,9 @@ class FastTextModel(FastModule, Qwen3Model):
     ) -> Any:
         if (cache := kwargs.pop("cache", None)) is None:  # its other name, see `releases.CACHE`
             cache = past_key_values
+        if torch.compiler.is_compiling():  # the compiler fuses for itself, and can look at no guard
+            inputs = (input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache)
+            return super().forward(*inputs, **kwargs)
         call = TextCall(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, kwargs)
         forward, runtime = original(FastTextModel, self, "forward"), runtime_of(self)
         if runtime is None or forward is not FORWARDS[Qwen3Model]:
@@ -122,8 +125,6 @@ class Step:
 
 def plan(module: nn.Module, runtime: Runtime, call: TextCall) -> Step | str:
     """What to run, or why the original has to."""
-    if torch.compiler.is_compiling():
-        return compiled_step(module, call)
     request = current(module, call.cache) or Request(module)
     return next_step(module, runtime, request, call) or first_step(module, runtime, request, call)
 
@@ -166,30 +167,14 @@ def first_step(module: nn.Module, runtime: Runtime, request: Request, call: Text
     if cache is not None:
         like = module.norm.weight.new_empty((batch, 0, config.num_key_value_heads, config.head_dim))
         loan = with_room(lambda: runtime.pool.borrow(cache, n_layers, like, past + length))
-    request.begin(cache, loan, [start for start, _ in tokens.spans])
+    starts = [start for start, _ in tokens.spans]
+    request.begin(cache, loan, starts)
     step = Step(facts, cache, bool(use_cache), loan, _position_ids(call, past))
     if loan is not None and tokens.is_full and past and length <= _most_tokens(module):
-        step.numbers = decode_numbers(request.starts, past, length, loan.buffers.capacity)
+        step.numbers = decode_numbers(starts, past, length, loan.buffers.capacity)
     else:
         step.layout = prompt_layout(tokens, step.position_ids, None if loan is None else loan.buffers.capacity)
     return step
-
-
-def compiled_step(module: nn.Module, call: TextCall) -> Step | str:
-    """torch.compile captures by itself; a cache that is written in place and a mask that is read are nothing for it."""
-    facts = text_facts(module)
-    if reason := facts.guard or _input_guard(module, call):
-        return reason
-    if call.cache is not None or call.use_cache or (call.use_cache is None and module.config.use_cache):
-        return "a forward with a cache is compiled"
-    if call.attention_mask is not None:
-        return "a forward with a mask is compiled"
-    batch, length = call.given.shape[:2]
-    positions = _position_ids(call, 0)
-    bounds = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=positions.device)
-    rows = positions.expand(batch, -1).reshape(1, -1)
-    layout = TextLayout(rows, None, None, bounds, bounds, length, length, batch * length)
-    return Step(facts, None, False, None, positions, layout)
 
 
 def _input_guard(module: nn.Module, call: TextCall) -> str | None:

@@ -46,6 +46,8 @@ class FastVisionModel(FastModule, LlavaOnevision1_5VisionModel):
 
     def embed_patches(self, pixel_values: torch.Tensor, layout: VisionLayout) -> torch.Tensor:
         """The convolution sees one patch at a time: a matrix product, several times faster as one."""
+        if torch.compiler.is_compiling():
+            return super().embed_patches(pixel_values, layout)
         weight = getattr(getattr(self.patch_embed, "proj", None), "weight", None)
         x = pixel_values if weight is None else pixel_values.to(weight.dtype)
         way = _way(self, "embed_patches", lambda: _ask(self, embed_guard) or call_guard(self, x, weight, {}))
@@ -59,6 +61,9 @@ class FastVisionModel(FastModule, LlavaOnevision1_5VisionModel):
         return layer_norm(hidden_states, norm.weight, norm.bias, norm.eps, backend=backend)
 
     def encode(self, hidden_states: torch.Tensor, layout: VisionLayout, **kwargs: Any) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return super().encode(hidden_states, layout, **kwargs)
+
         def guard() -> str | None:
             reason = _ask(self, encode_facts).guard
             return reason or call_guard(self, hidden_states, self.blocks[0].norm1.weight, kwargs)
@@ -74,6 +79,9 @@ class FastVisionModel(FastModule, LlavaOnevision1_5VisionModel):
         return with_room(functools.partial(run_blocks, self, hidden_states, *sizes, backend))
 
     def merge_patches(self, hidden_states: torch.Tensor, layout: VisionLayout) -> tuple[torch.Tensor, torch.Tensor]:
+        if torch.compiler.is_compiling():
+            return super().merge_patches(hidden_states, layout)
+
         def guard() -> str | None:
             return _ask(self, merge_guard) or call_guard(self, hidden_states, self.merger.ln_q.weight, {})
 
@@ -88,8 +96,8 @@ class FastVisionModel(FastModule, LlavaOnevision1_5VisionModel):
 
 
 def _ask(module: nn.Module, guard: Any) -> Any:
-    """Once in a request; by itself, or compiled, a method is none."""
-    request = None if torch.compiler.is_compiling() else current(module)
+    """Once in a request; a method that is called by itself is none."""
+    request = current(module)
     return guard(module) if request is None else request.ask(guard, module)
 
 

@@ -62,7 +62,7 @@ def test_the_kernels_themselves_are_verified(monkeypatch):
     verifier = generate.Verifier.make(model, prompts, shape)
     with PROVIDERS["patched"](model, shape, "auto") as answerer:
         assert verifier.check(answerer, "tiny")["verified"]
-        ran = {backend for row in llava15_fast.patching.PatchHandle(model).report().rows for backend in row.ran}
+        ran = {backend for row in llava15_fast.PatchHandle(model).report().rows for backend in row.ran}
     assert ran == {"triton"}
 
 

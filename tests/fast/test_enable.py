@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 import llava15_fast
-from llava15_fast import LlavaOnevision1_5ForConditionalGeneration, enabling
-from llava15_fast.patching import _sites
+from llava15_fast import LlavaOnevision1_5ForConditionalGeneration
+from llava15_fast.fast.runtime import RUNTIME
+from llava15_fast.patching import auto
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests/golden/tiny_hub"
@@ -25,7 +26,7 @@ def disabled():
 
 
 def backends(model):
-    return {site.backend for site in _sites(model)}
+    return {vars(m)[RUNTIME].backend for m in model.modules() if RUNTIME in vars(m)}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_a_failed_load_is_reported_as_ever(tmp_path):
 
 
 def test_flash_attention_2_without_its_package(monkeypatch, caplog):
-    monkeypatch.setattr(enabling, "is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr(auto, "is_flash_attn_2_available", lambda: False)
     llava15_fast.enable("torch")
     with caplog.at_level(logging.WARNING, "llava15_fast"):
         model = AutoModelForCausalLM.from_pretrained(TINY, attn_implementation="flash_attention_2", trust_remote_code=True)
@@ -116,11 +117,11 @@ def test_flash_attention_2_without_its_package(monkeypatch, caplog):
 PROGRAM = f"""
 import sys
 from transformers import AutoModelForCausalLM
-from llava15_fast.patching import _sites
+from llava15_fast.fast.runtime import RUNTIME
 import beside
 assert __name__ == "__main__" and sys.modules["__main__"].__dict__ is globals()
 model = AutoModelForCausalLM.from_pretrained({str(TINY)!r}, trust_remote_code=True)
-print(sorted({{site.backend for site in _sites(model)}}), sys.argv[1:])
+print(sorted({{vars(m)[RUNTIME].backend for m in model.modules() if RUNTIME in vars(m)}}), sys.argv[1:])
 sys.exit(int(sys.argv[-1]))
 """
 

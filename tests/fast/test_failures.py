@@ -30,7 +30,7 @@ def fails_at(function, call, error):
     return failing
 
 
-@pytest.mark.parametrize("call", [0, 1, 5])
+@pytest.mark.parametrize("call", [0])
 def test_no_memory_for_the_cache(tiny, prompt, monkeypatch, call):
     expected = tiny.generate(**prompt, **OPTIONS)
     llava15_fast.patch(tiny, "torch")

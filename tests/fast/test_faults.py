@@ -21,8 +21,10 @@ from transformers import AutoModelForImageTextToText
 from triton.runtime.errors import OutOfResources, PTXASError
 
 import llava15_fast
-from llava15_fast import LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Processor, patching, text
-from llava15_fast.patching import SITES
+from llava15_fast import LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Processor
+from llava15_fast.fast import text
+from llava15_fast.fast.runtime import RUNTIME, FastModule
+from llava15_fast.patching import api
 from llava15_kernels import flash_attn_with_kvcache
 
 ROOT = Path(__file__).parents[2]
@@ -546,7 +548,7 @@ def test_wrong_values_of_the_configuration(folder, part, key, value):
 
 
 def traces(model):
-    return [path for path, module in model.named_modules() if SITES in module.__dict__]
+    return [path for path, module in model.named_modules() if RUNTIME in vars(module) or isinstance(module, FastModule)]
 
 
 @pytest.mark.parametrize("step", range(6))
@@ -566,8 +568,7 @@ def test_control_c_in_the_middle_of_patch(tiny, golden, monkeypatch, step):
 
         return call
 
-    monkeypatch.setattr(patching, "_install", interrupted(patching._install))
-    monkeypatch.setattr(llava15_fast.fusing, "side_by_side", interrupted(llava15_fast.fusing.side_by_side))
+    monkeypatch.setattr(api, "_install", interrupted(api._install))
     with pytest.raises(KeyboardInterrupt):
         llava15_fast.patch(tiny, "torch")
     assert not traces(tiny)
@@ -590,7 +591,7 @@ class Interrupt:
             self.passed += 1
             if self.passed == self.line:
                 raise KeyboardInterrupt
-        return self if "llava15_fast" in Path(frame.f_code.co_filename).parent.parts[-1:] else None
+        return self if "llava15_fast" in Path(frame.f_code.co_filename).parent.parts[-2:] else None
 
 
 def interrupted_at(line, call):

@@ -7,8 +7,7 @@ import torch
 
 import llava15_fast
 from llava15_fast.fast import generate as generation, vision
-from llava15_fast.fast.cuda_graphs import GRAPHS
-from llava15_fast.patching import VISION_PATIENCE
+from llava15_fast.fast.runtime import RUNTIME
 
 pytestmark = pytest.mark.gpu
 
@@ -28,7 +27,7 @@ def replays(handle, path):
 def test_graphs_are_replayed(tiny, prompt):
     expected = tiny.generate(**prompt, **OPTIONS)
     handle = llava15_fast.patch(tiny)
-    found = [tiny.generate(**prompt, **OPTIONS) for _ in range(VISION_PATIENCE + 2)]
+    found = [tiny.generate(**prompt, **OPTIONS) for _ in range(3)]
     assert all(torch.equal(ids, expected) for ids in found)
     assert replays(handle, "language_model") >= 30 and replays(handle, "visual.encode") == 2
 
@@ -62,7 +61,7 @@ def test_it_ends_where_eager_ends(tiny, prompt):
 
 def test_memory_stays_where_it_is(tiny, prompt):
     llava15_fast.patch(tiny)
-    for _ in range(VISION_PATIENCE + 2):  # until everything is captured that will be
+    for _ in range(3):  # until everything is captured that will be
         tiny.generate(**prompt, **OPTIONS)
     gc.collect()
     before = torch.cuda.memory_allocated()
@@ -71,7 +70,7 @@ def test_memory_stays_where_it_is(tiny, prompt):
     gc.collect()
     assert torch.cuda.memory_allocated() <= before
     llava15_fast.unpatch(tiny)
-    assert GRAPHS not in tiny.model.language_model.__dict__
+    assert RUNTIME not in vars(tiny.model.language_model)
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
@@ -81,7 +80,7 @@ def test_an_answer_waits_for_nothing_behind_the_vision_tower(tiny, golden, monke
     prompt = {key: value for key, value in golden["batch_left_pad"][0].items() if key != "labels"}
     options = {**OPTIONS, **how}
     llava15_fast.patch(tiny, cuda_graph=cuda_graph)
-    for _ in range(VISION_PATIENCE + 2):
+    for _ in range(3):
         tiny.generate(**prompt, **options)
     merge, finished = vision.patch_merge, []
 

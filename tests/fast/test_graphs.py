@@ -10,15 +10,15 @@ import weakref
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import llava15_fast
-from llava15_fast import graphs as graphs_module
-from llava15_fast.fast import text
-from llava15_fast.fast.cuda_graphs import GRAPHS, Graphs
-from llava15_fast.fast.kv_cache import _Side
-from llava15_fast.patching import DECODE_GRAPHS, VISION_PATIENCE
+from llava15_fast.fast import cuda_graphs as graphs_module
+from llava15_fast.fast import kv_cache, limits, text
+from llava15_fast.fast.cuda_graphs import Graphs
+from llava15_fast.fast.runtime import RUNTIME
 from llava15_kernels import flash_decode
 
 OPTIONS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -113,6 +113,19 @@ def prompts(golden):
 def replays(handle, path="language_model"):
     ran = next(row for row in handle.report().rows if row.path == path).ran
     return sum(count for how, count in ran.items() if "CUDA graph" in how)
+
+
+def runtime_of(model):
+    return vars(model.model.language_model)[RUNTIME]
+
+
+def captured(runtime):
+    return [slot for slot in runtime.graphs.slots if slot.is_captured]
+
+
+def lent(layer):
+    """The keys and values, with room for more, that a layer of a cache lies in."""
+    return layer._loan.buffers.layers[layer._index]
 
 
 def eager(model, prompt, **options):
@@ -225,7 +238,7 @@ def test_numbers_that_a_graph_has_fixed(patched, prompts, change):
         options = {"max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True, **OPTIONS}
         return torch.stack(model.generate(**prompts("one_image"), **options).logits)
 
-    for _ in range(VISION_PATIENCE + 2):
+    for _ in range(3):
         before = logits()
     change(inner.language_model, inner.visual)
     found = logits()
@@ -238,28 +251,29 @@ def test_a_kept_layer_of_a_cache_that_is_gone_stays_as_it_is(patched, prompts):
     model, _ = patched
     out = model.generate(**prompts("text"), max_new_tokens=6, return_dict_in_generate=True, **OPTIONS)
     layer = out.past_key_values.layers[-1]
-    kept = [side.clone() for side in layer.storages]
+    kept = [side.clone() for side in lent(layer)]
     del out
     gc.collect()
     for _ in range(2):
         model.generate(**prompts("two_images"), max_new_tokens=6, **OPTIONS)
-    assert all(map(torch.equal, layer.storages, kept))
+    assert all(map(torch.equal, lent(layer), kept))
 
 
 def test_lent_storages_are_empty(patched, prompts):
     """What padding leaves unwritten is read, with a weight of 0, where transformers' own attention runs on them."""
     model, _ = patched
     model.generate(**prompts("batch_left_pad"), max_new_tokens=6, **OPTIONS)
-    for entry in model.model.language_model.__dict__[GRAPHS].entries:
-        for pair in entry.storages:
-            for side in pair:
-                side.fill_(float("nan"))
     gc.collect()
+    (buffers,) = runtime_of(model).pool.idle
+    for pair in buffers.layers:
+        for side in pair:
+            side.fill_(float("nan"))
     details = {"max_new_tokens": 3, "output_hidden_states": True, "return_dict_in_generate": True, **OPTIONS}
     with torch.no_grad():
         cache = model(**prompts("batch_left_pad"), use_cache=True).past_key_values
     found = model.generate(**prompts("batch_left_pad"), **details).sequences
-    assert all(side.isfinite().all() for layer in cache.layers for side in layer.storages)
+    assert cache.layers[0]._loan.buffers is buffers
+    assert all(side.isfinite().all() for layer in cache.layers for side in lent(layer))
     assert torch.equal(found, eager(model, prompts("batch_left_pad"), max_new_tokens=3))
 
 
@@ -310,12 +324,12 @@ def test_a_step_runs_once_before_it_is_captured(patched, prompts, monkeypatch):
 
 
 def test_a_growing_cache_is_captured_anew(patched, prompts, monkeypatch):
-    monkeypatch.setattr("llava15_fast.fast.kv_cache.BLOCK", 8)
-    monkeypatch.setattr("llava15_fast.fast.kv_cache.HEADROOM", 0)
+    monkeypatch.setattr("llava15_fast.fast.limits.KV_BLOCK", 8)
+    monkeypatch.setattr("llava15_fast.fast.limits.KV_HEADROOM", 0)
     model, handle = patched
     ids = model.generate(**prompts("text"), max_new_tokens=30, **OPTIONS)
     assert replays(handle) > 20
-    assert len(model.model.language_model.__dict__[GRAPHS].entries) == 1  # nobody comes back to a storage that was left
+    assert len(captured(runtime_of(model))) == 1  # nobody comes back to a storage that was left
     assert torch.equal(ids, eager(model, prompts("text"), max_new_tokens=30))
 
 
@@ -325,7 +339,8 @@ def test_the_number_of_graphs_is_bounded(patched, prompts):
     for batch in (1, 2, 3, 4):
         ids = model.generate(text.expand(batch, -1), max_new_tokens=5, **OPTIONS)
         assert (ids == ids[0]).all()
-    assert len(model.model.language_model.__dict__[GRAPHS].entries) == DECODE_GRAPHS
+    gc.collect()
+    assert len(captured(runtime_of(model))) == len(runtime_of(model).pool.idle) == limits.IDLE_BUFFERS
 
 
 def test_a_projection_of_another_kind_is_not_captured(patched, prompts):
@@ -342,19 +357,19 @@ def test_graphs_can_be_switched_off(patched, prompts):
     model, _ = patched
     handle = llava15_fast.patch(model, "torch", cuda_graph=False)
     model.generate(**prompts("text"), max_new_tokens=5, **OPTIONS)
-    assert replays(handle) == 0 and GRAPHS not in model.model.language_model.__dict__
+    assert replays(handle) == 0 and not runtime_of(model).cuda_graph and not captured(runtime_of(model))
     with llava15_fast.patched(model, "torch"):
-        assert GRAPHS in model.model.language_model.__dict__
-    assert GRAPHS not in model.model.language_model.__dict__
+        assert runtime_of(model).cuda_graph
+    assert not runtime_of(model).cuda_graph
 
 
 def test_unpatch_frees_them(patched, prompts):
     model, _ = patched
     model.generate(**prompts("text"), max_new_tokens=5, **OPTIONS)
-    held = model.model.language_model.__dict__[GRAPHS]
-    assert held.entries
+    runtime = runtime_of(model)
+    assert captured(runtime) and runtime.pool.idle
     llava15_fast.unpatch(model)
-    assert not held.entries and GRAPHS not in model.model.language_model.__dict__
+    assert not captured(runtime) and not runtime.pool.idle and RUNTIME not in vars(model.model.language_model)
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
@@ -362,36 +377,29 @@ def test_a_copy_captures_its_own(patched, prompts, clone):
     model, _ = patched
     expected = model.generate(**prompts("text"), max_new_tokens=5, **OPTIONS)
     twin = clone(model)
-    assert not twin.model.language_model.__dict__[GRAPHS].entries
+    assert captured(runtime_of(model)) and not captured(runtime_of(twin))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
     assert torch.equal(twin.generate(**prompts("text"), max_new_tokens=5, **OPTIONS), expected)
 
 
-def test_without_memory_for_a_graph_the_step_runs_without(patched, prompts, monkeypatch, caplog):
-    def fail(self, step, pool):
-        raise torch.OutOfMemoryError("no memory")
-
-    model, handle = patched
-    monkeypatch.setattr(graphs_module.CapturedStep, "capture", fail)
-    ids = model.generate(**prompts("text"), max_new_tokens=6, **OPTIONS)
-    assert replays(handle) == 0 and "no memory to capture a CUDA graph" in caplog.text
-    assert torch.equal(ids, eager(model, prompts("text"), max_new_tokens=6))
-
-
-def test_after_a_capture_that_failed_nothing_is_captured_again(patched, prompts, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no memory"), RuntimeError("operation not permitted when stream is capturing")]
+)
+def test_after_a_capture_that_failed_nothing_is_captured_again(patched, prompts, monkeypatch, caplog, error):
     tried = []
 
     def fail(self, step, pool):
         tried.append(step)
-        raise RuntimeError("operation not permitted when stream is capturing")
+        raise error
 
     model, handle = patched
     monkeypatch.setattr(graphs_module.CapturedStep, "capture", fail)
-    ids = [model.generate(**prompts(case), max_new_tokens=6, **OPTIONS) for case in ("text", "two_images")]
-    assert replays(handle) == 0 and len(tried) == 1 and "could not be captured (operation not permitted" in caplog.text
-    for case, found in zip(("text", "two_images"), ids, strict=True):
+    ids = [model.generate(**prompts(case), max_new_tokens=6, **OPTIONS) for case in ("text", "two_images", "two_images")]
+    assert replays(handle) == replays(handle, "visual.encode") == 0 and len(tried) == 1
+    assert f"could not be captured ({error})" in caplog.text
+    for case, found in zip(("text", "two_images", "two_images"), ids, strict=True):
         assert torch.equal(found, eager(model, prompts(case), max_new_tokens=6))
 
 
@@ -419,64 +427,49 @@ def cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     for name in ("device", "stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *_: None, raising=False)  # builds for CPUs have none
     Graph.said = said
     return Graph
 
 
-def test_a_capture_says_what_went_wrong_and_leaves_no_trace(cuda):
-    """torch's error at the end of a spoilt capture is not the one that spoilt it; and its traces go with the next capture."""
+def test_a_capture_says_what_went_wrong(cuda):
+    """torch's error at the end of a spoilt capture is not the one that spoilt it."""
 
     def fail():
         assert not gc.isenabled()
         cuda.spoilt = True
         raise ValueError("the real cause")
 
-    captured = graphs_module.CapturedStep(torch.device("cpu"), None)
+    def capture(step):
+        cuda.said.clear()
+        return graphs_module.CapturedStep(torch.device("cpu"), None).capture(step, None)
+
     with pytest.raises(ValueError, match="the real cause"):
-        captured.capture(fail, None)
-    assert cuda.said == ["begin", "end", "begin", "end"] and gc.isenabled()
+        capture(fail)
+    assert cuda.said == ["begin", "end"] and gc.isenabled()
 
     def spoil():
         cuda.spoilt = True
         return "output"
 
-    cuda.said.clear()
     with pytest.raises(RuntimeError, match="previous error"):
-        captured.capture(spoil, None)
-    assert cuda.said == ["begin", "end", "begin", "end"]
-    cuda.said.clear()
-    assert captured.capture(lambda: "output", None) == "output" and cuda.said == ["begin", "end"]
-    cuda.said.clear()
+        capture(spoil)
+    assert cuda.said == ["begin", "end"] and gc.isenabled()
     cuda.refused = True
     with pytest.raises(RuntimeError, match="no stream"):
-        captured.capture(lambda: "output", None)
-    assert cuda.said == ["begin", "end", "begin", "end"], "a generator may record already"
-
-
-def test_graphs_of_different_pools_are_captured_on_different_streams(patched, prompts, monkeypatch):
-    """Matrix products of a stream share a workspace in the pool that was captured into first, which goes with its graphs."""
-    monkeypatch.setattr("llava15_fast.patching.VISION_PATIENCE", 1)
-    model, _ = patched
-    llava15_fast.unpatch(model)
-    llava15_fast.patch(model, "auto" if torch.cuda.is_available() else "torch")
-    for _ in range(3):
-        model.generate(**prompts("one_image"), max_new_tokens=5, **OPTIONS)
-    owners = [part.__dict__[GRAPHS] for part in (model.model.language_model, model.model.visual)]
-    assert all(any(entry.step for entry in owner.entries) for owner in owners)
-    (decoding,), (vision,) = (owner.streams.values() for owner in owners)
-    assert decoding is not vision and decoding != vision
+        capture(lambda: "output")
+    assert cuda.said == ["begin"] and gc.isenabled()
+    assert capture(lambda: "output") == "output" and cuda.said == ["begin", "end"] and gc.isenabled()
 
 
 def test_graphs_are_given_up_where_memory_runs_out(patched, prompts, monkeypatch, caplog):
     """A prompt that does not fit beside them is answered, and eager's answer."""
     model, _ = patched
     model.generate(**prompts("text"), max_new_tokens=5, **OPTIONS)
-    graphs, run = model.model.language_model.__dict__[GRAPHS], text.run_layers
-    assert graphs.entries
+    runtime, run = runtime_of(model), text.run_layers
+    assert captured(runtime)
 
     def full_while_held(*args):
-        if graphs.entries:
+        if captured(runtime):
             raise torch.OutOfMemoryError("full")
         return run(*args)
 
@@ -488,11 +481,8 @@ def test_graphs_are_given_up_where_memory_runs_out(patched, prompts, monkeypatch
 
 def test_a_pool_is_not_used_again_after_its_last_graph(patched, prompts, monkeypatch):
     """Images of new sizes push out the graphs of the old ones, before any of theirs is captured."""
-    monkeypatch.setattr("llava15_fast.patching.VISION_GRAPHS", 1)
-    monkeypatch.setattr("llava15_fast.patching.VISION_PATIENCE", 1)
+    monkeypatch.setattr("llava15_fast.fast.limits.VISION_GRAPHS", 1)
     model, handle = patched
-    llava15_fast.unpatch(model)
-    handle = llava15_fast.patch(model, "auto" if torch.cuda.is_available() else "torch")
 
     def image(h):
         grid = torch.tensor([[1, h, 2]], device=model.device)
@@ -506,39 +496,40 @@ def test_a_pool_is_not_used_again_after_its_last_graph(patched, prompts, monkeyp
 def test_storages_of_requests_that_are_over_make_room_for_a_new_one(patched, prompts, monkeypatch):
     model, _ = patched
     model.generate(**prompts("text"), max_new_tokens=5, **OPTIONS)
-    graphs = model.model.language_model.__dict__[GRAPHS]
-    held = [entry.storages[0][0] for entry in graphs.entries]
-    empty = _Side.empty.__func__
+    gc.collect()
+    (buffers,), zeros, failed = runtime_of(model).pool.idle, kv_cache._zeros, []
+    held = StorageWeakRef(buffers.layers[0][0].untyped_storage())
+    del buffers
 
-    def fail_while_held(cls, *args):
-        if any(entry.storages[0][0] is held[0] for entry in graphs.entries):
+    def fail_while_held(like, capacity):
+        if not held.expired():
+            failed.append(capacity)
             raise torch.OutOfMemoryError("no memory")
-        return empty(cls, *args)
+        return zeros(like, capacity)
 
-    monkeypatch.setattr(_Side, "empty", classmethod(fail_while_held))
+    monkeypatch.setattr(kv_cache, "_zeros", fail_while_held)
     batch = prompts("text")["input_ids"].expand(2, -1)
     ids = model.generate(batch, max_new_tokens=5, **OPTIONS)
-    assert torch.equal(ids, eager(model, {"inputs": batch}, max_new_tokens=5))
+    assert failed and torch.equal(ids, eager(model, {"inputs": batch}, max_new_tokens=5))
 
 
 def test_a_cache_that_moves_does_not_hold_its_old_storages(patched, prompts, monkeypatch):
-    monkeypatch.setattr("llava15_fast.fast.kv_cache.BLOCK", 8)
-    monkeypatch.setattr("llava15_fast.fast.kv_cache.HEADROOM", 0)
+    monkeypatch.setattr("llava15_fast.fast.limits.KV_BLOCK", 8)
+    monkeypatch.setattr("llava15_fast.fast.limits.KV_HEADROOM", 0)
     model, _ = patched
     text = model.model.language_model
-    seen, empty = [], _Side.empty.__func__
+    seen, held, zeros = [], [], kv_cache._zeros
 
-    def count(cls, like, tokens, device):
-        seen.append(sum(reference() is not None for reference in storages))
-        side = empty(cls, like, tokens, device)
-        storages.append(weakref.ref(side.storage))
-        return side
+    def count(like, capacity):
+        seen.append(sum(not storage.expired() for storage in held))
+        pair = zeros(like, capacity)
+        held.append(StorageWeakRef(pair[0].untyped_storage()))
+        return pair
 
-    storages = []
-    monkeypatch.setattr(_Side, "empty", classmethod(count))
+    monkeypatch.setattr(kv_cache, "_zeros", count)
     model.generate(**prompts("text"), max_new_tokens=20, **OPTIONS)
-    sides = 2 * len(text.layers)
-    assert len(seen) > 2 * sides and max(seen) <= sides  # never all old and all new ones
+    layers = len(text.layers)
+    assert len(seen) > 2 * layers and max(seen) <= layers  # never all old and all new ones
 
 
 def test_inference_mode_and_no_grad_share_a_graph(patched, prompts):
@@ -563,7 +554,7 @@ def features(model, prompt):
 def test_images_of_a_size_that_comes_again(patched, prompts, case):
     model, handle = patched
     prompt = prompts(case)
-    found = [features(model, prompt) for _ in range(VISION_PATIENCE + 3)]
+    found = [features(model, prompt) for _ in range(4)]
     assert replays(handle, "visual.encode") == 3
     other = {**prompt, "pixel_values": prompt["pixel_values"].flip(0)}
     changed = features(model, other)
@@ -580,7 +571,7 @@ def test_one_graph_serves_all_grids_of_the_same_lengths(patched, prompts):
     prompt = [{"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, h, 24 // h]], device=model.device)} for h in (4, 6)]
     features(model, prompt[0])  # seen as often as it takes, by one or the other
     found = [features(model, prompt[index]) for index in (0, 1, 0, 1, 0, 1)]
-    assert replays(handle, "visual.encode") == 7 - VISION_PATIENCE
+    assert replays(handle, "visual.encode") == 6
     llava15_fast.unpatch(model)
     expected = [features(model, one) for one in prompt]
     assert not torch.allclose(*expected)
@@ -591,12 +582,12 @@ def test_one_graph_serves_all_grids_of_the_same_lengths(patched, prompts):
 def test_large_images_and_changed_weights_run_without_the_old_graph(patched, prompts, monkeypatch):
     model, handle = patched
     prompt = prompts("one_image")
-    for _ in range(VISION_PATIENCE + 2):
+    for _ in range(3):
         features(model, prompt)
     model.load_state_dict({name: value * 1.1 for name, value in model.state_dict().items()}, assign=True)
     found = features(model, prompt)
     assert replays(handle, "visual.encode") == 2
-    monkeypatch.setattr("llava15_fast.fast.vision.GRAPH_ROWS", 5)
+    monkeypatch.setattr("llava15_fast.fast.limits.VISION_GRAPH_ROWS", 5)
     features(model, prompt)
     features(model, prompt)
     assert replays(handle, "visual.encode") == 2
@@ -613,7 +604,7 @@ def test_mixed_sizes_do_not_push_each_other_out(patched):
         return {"pixel_values": torch.ones(2 * h, 588, device=model.device), "image_grid_thw": grid}
 
     sizes = range(2, 14, 2)
-    for h in [*sizes] * (VISION_PATIENCE + 2):
+    for h in [*sizes] * 3:
         features(model, image(h))
     assert replays(handle, "visual.encode") == 2 * len(sizes)
 

@@ -34,20 +34,19 @@ STAND_IN = '''
 import atexit, json, os
 from collections import Counter
 from pathlib import Path
-from llava15_fast.sites import Site
+from llava15_fast.fast.record import Record
 
 def process_vision_info(conversations, **kwargs):
     parts = [part for talk in conversations for message in talk for part in message["content"] if isinstance(part, dict)]
     return [part["image"] for part in parts if part["type"] == "image"] or None, None
 
-ran, start = Counter(), Site.start
+ran, run = Counter(), Record.run
 
-def counted(self, device, how=""):
-    backend = start(self, device, how)
-    ran[f"{self.path}.{self.attribute}: {backend}"] += 1
-    return backend
+def counted(self, method, how):
+    run(self, method, how)
+    ran[f"{method}: {how}"] += 1
 
-Site.start = counted
+Record.run = counted
 atexit.register(lambda: Path(os.environ["RAN"]).write_text(json.dumps(ran)))
 '''
 
@@ -113,5 +112,5 @@ def test_lmms_eval(tmp_path, batch_size=3):
     assert all(sample["equal"] == 1.0 for sample in found), found
     ran = json.loads((tmp_path / "ran.json").read_text())
     calls = -(-len(SAMPLES) // batch_size)
-    assert ran["visual.encode: torch"] == calls and ran["language_model.forward: torch"] > calls
+    assert ran["visual.encode: torch"] == calls and ran["language_model: torch"] > calls
     assert "patched LlavaOnevision1_5ForConditionalGeneration" in done.stderr

@@ -10,6 +10,8 @@ import torch
 
 import llava15_fast
 from llava15_fast.fast import generate as generation
+from llava15_fast.fast import limits
+from llava15_fast.fast.layout import Padding
 
 LATE = 3
 
@@ -78,20 +80,6 @@ def test_the_returned_cache_continues(tiny, golden, late):
     assert torch.equal(tiny.generate(following, past_key_values=found.past_key_values, **more), wanted)
 
 
-def test_sampling_leaves_the_generator_as_eager_does(tiny, golden, late):
-    prompt = prompt_of(golden, "batch_left_pad")
-    options = {"max_new_tokens": 16, "do_sample": True, "eos_token_id": list(range(0, 512, 2)), "pad_token_id": 0}
-    states = []
-    for patched in (False, True):
-        if patched:
-            llava15_fast.patch(tiny, "torch")
-        torch.manual_seed(7)
-        answer = tiny.generate(**prompt, **options)
-        states.append(torch.get_rng_state() if answer.device.type == "cpu" else torch.cuda.get_rng_state())
-    assert answer.shape[1] < prompt["input_ids"].shape[1] + 12
-    assert torch.equal(*states)
-
-
 def test_a_late_end_never_passes_the_maximum(tiny, golden, late):
     prompt = prompt_of(golden, "text")
     expected, found, _ = both(tiny, prompt, max_new_tokens=3, do_sample=False, eos_token_id=499, pad_token_id=0)
@@ -107,28 +95,19 @@ def test_the_device_is_asked_for_every_second_token_and_answers_later():
     for step in range(1, 40):
         if watch.stopped(torch.tensor([step < end, False])):
             break
-    assert step - end < 2 * generation.LAG
-    assert asked == [*range(generation.LAG, step + 1, generation.LAG)]
-    assert len(answered) == len(asked) - 1 and all(now - of >= generation.LAG for now, of in answered)
+    assert step - end < 2 * limits.EOS_POLL
+    assert asked == [*range(limits.EOS_POLL, step + 1, limits.EOS_POLL)]
+    assert len(answered) == len(asked) - 1 and all(now - of >= limits.EOS_POLL for now, of in answered)
 
 
 def test_the_mask_is_read_once(tiny, golden, monkeypatch):
     """Before the first step; from then on the host knows where the padding ends."""
     looked = []
-    spans_of = llava15_fast.fast.text.spans_of
-    for module in (llava15_fast.fast.text, generation):
-        monkeypatch.setattr(module, "spans_of", lambda mask: looked.append(mask.shape[1]) or spans_of(mask))
+    read = Padding.read
+    monkeypatch.setattr(Padding, "read", lambda mask: looked.append(mask.shape[1]) or read(mask))
     prompt = prompt_of(golden, "batch_left_pad")
     expected, found, _ = both(tiny, prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(found, expected) and looked == [prompt["input_ids"].shape[1]]
-
-
-def test_no_mask_is_made_where_nobody_looks_at_it(tiny, golden, monkeypatch):
-    """On a GPU each would be a copy from the host, which could wait for everything that is queued."""
-    monkeypatch.setattr(llava15_fast.fast.text.LeftPadding, "mask", None)
-    prompt = prompt_of(golden, "batch_left_pad")
-    expected, found, _ = both(tiny, prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert torch.equal(found, expected)
 
 
 def test_tokens_are_drawn_as_multinomial_draws_them():
@@ -154,7 +133,7 @@ def test_what_is_no_probability_is_not_drawn_from(broken):
 def test_nothing_is_read_once_the_vision_tower_runs(tiny, golden, monkeypatch, case):
     """A value read from the device behind the tower makes the host wait for all of it, before the first layer is launched."""
     state, reads = {"running": False}, []
-    run_blocks, next_inputs = llava15_fast.fast.vision.run_blocks, generation._next_inputs
+    run_blocks, next_inputs = llava15_fast.fast.vision.run_blocks, generation.Inputs.next
 
     def begin(*args):
         state["running"] = True
@@ -177,7 +156,7 @@ def test_nothing_is_read_once_the_vision_tower_runs(tiny, golden, monkeypatch, c
     for name in ("item", "tolist", "nonzero", "cpu", "numpy", "__bool__", "__int__", "__index__", "__float__"):
         monkeypatch.setattr(torch.Tensor, name, watched(name))
     monkeypatch.setattr(llava15_fast.fast.vision, "run_blocks", begin)
-    monkeypatch.setattr(generation, "_next_inputs", end)
+    monkeypatch.setattr(generation.Inputs, "next", end)
     llava15_fast.patch(tiny, "triton")
     tiny.generate(**prompt_of(golden, case), max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert not reads, "\n".join(reads[0][2])

@@ -11,6 +11,7 @@ from torch import nn
 import llava15_fast
 from llava15_fast.fast import generate as generation
 from llava15_fast.fast import text, vision
+from llava15_fast.fast.runtime import RUNTIME
 from llava15_fast.tools import cli
 from llava15_fast.tools import verify as verification
 from llava15_fast.tools.cli import assets_folder
@@ -40,9 +41,10 @@ def state(model):
         if callable(value) or name == "_old_forward"
     }
     sites = {
-        (path, name): site.backend
+        (path, name): value.backend
         for path, module in model.named_modules()
-        for name, site in module.__dict__.get("_llava15_sites", {}).items()
+        for name, value in vars(module).items()
+        if name == RUNTIME
     }
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
     implementations = [module.config._attn_implementation for module in (model.model.visual, model.model.language_model)]
