@@ -74,7 +74,7 @@ def test_loading_info_and_subclasses():
     model, info = LlavaOnevision1_5ForConditionalGeneration.from_pretrained(TINY, output_loading_info=True)
     assert not info["missing_keys"] and backends(model) == {"torch"}
     own, info = Own.from_pretrained(TINY, output_loading_info=True)
-    assert type(own) is Own and backends(own) == {"torch"}
+    assert isinstance(own, Own) and backends(own) == {"torch"}
     assert not info["missing_keys"] and not info["unexpected_keys"]
     weights = own.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import llava15_fast
-from llava15_fast.fast import generate as generation, vision
+from llava15_fast.fast import generate as generation
+from llava15_fast.fast import vision
 from llava15_fast.fast.runtime import RUNTIME
 
 pytestmark = pytest.mark.gpu
