@@ -54,7 +54,8 @@ class CapturedStep:
 
     def capture(self, step: Callable[[], torch.Tensor], pool: Any) -> torch.Tensor:
         with _capturing, without_collection(), torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            # While capturing, memory that others have left cannot be reclaimed.
+            # While capturing, memory that others have left cannot be reclaimed; and a graph that was dropped may still run.
+            self.wait()
             torch.cuda.empty_cache()
             self.graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:

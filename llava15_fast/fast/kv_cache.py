@@ -13,7 +13,6 @@ buffers. A view that someone may have kept is never written to: buffers that wer
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import threading
 import weakref
@@ -198,9 +197,11 @@ class PooledLayer(DynamicLayer):
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """A copy, or a pickle, is a `DynamicLayer` with memory of its own."""
-        pair = [None if tensor is None else tensor.clone() for tensor in self.peek()]
+        if self.get_seq_length() == 0:
+            return DynamicLayer, ()
+        pair = [tensor.clone() for tensor in self.peek()]
         state = {name: value for name, value in vars(self).items() if name not in ("_loan", "_index", "_own", "_unseen")}
-        return copyreg.__newobj__, (DynamicLayer,), {**state, "keys": pair[0], "values": pair[1]}
+        return DynamicLayer, (), {**state, "keys": pair[0], "values": pair[1]}
 
 
 class KVPool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
@@ -13,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from ..fast.runtime import runtime_of
-from .targets import HEAD, TARGETS, find_model, inner_of, patched_modules
+from .targets import HEAD, TARGETS, find_model, inner_of
 
 NARROWEST = 100
 """Columns. A narrower terminal breaks lines itself; numbers that a table has cut are lost."""
@@ -76,19 +77,16 @@ class PatchHandle:
     def report(self) -> Report:
         """Calls since the model was patched; empty after `unpatch`."""
         root = find_model(self.model)
-        runtime = next((found for module, _ in patched_modules(root) if (found := runtime_of(module))), None)
-        targets = [target for target in TARGETS if target.kernels and (target.path != HEAD or root is not inner_of(root))]
-        if runtime is None:
-            return Report(())
-        ran, fallbacks = runtime.record.ran, runtime.record.fallbacks
-        return Report(
-            tuple(
-                ReportRow(
-                    target.name, target.kernels, runtime.backend, dict(ran[target.name]), dict(fallbacks[target.name])
-                )
-                for target in targets
-            )
-        )
+        # PEFT trains a copy of a module beside it, which has a runtime of its own.
+        runtimes = dict.fromkeys(runtime for module in root.modules() if (runtime := runtime_of(module)) is not None)
+        rows = []
+        for target in TARGETS if runtimes else ():
+            if target.kernels and (target.path != HEAD or root is not inner_of(root)):
+                records = [runtime.record for runtime in runtimes]
+                ran = sum((record.ran[target.name] for record in records), Counter())
+                fallbacks = sum((record.fallbacks[target.name] for record in records), Counter())
+                rows.append(ReportRow(target.name, target.kernels, next(iter(runtimes)).backend, dict(ran), dict(fallbacks)))
+        return Report(tuple(rows))
 
     def __repr__(self) -> str:
         state = "patched" if self.report().rows else "not patched"

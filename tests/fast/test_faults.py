@@ -551,9 +551,9 @@ def traces(model):
     return [path for path, module in model.named_modules() if RUNTIME in vars(module) or isinstance(module, FastModule)]
 
 
-@pytest.mark.parametrize("step", range(6))
+@pytest.mark.parametrize("step", range(4))
 def test_control_c_in_the_middle_of_patch(tiny, golden, monkeypatch, step):
-    """At every replacement, and while weights are laid side by side."""
+    """At every change of a class."""
     inputs = {key: value for key, value in golden["one_image"][0].items() if key != "labels"}
     with torch.no_grad():
         expected = tiny(**inputs).logits

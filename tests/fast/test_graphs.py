@@ -425,7 +425,7 @@ def cuda(monkeypatch):
                 raise RuntimeError("operation failed due to a previous error during capture")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    for name in ("device", "stream"):
+    for name in ("device", "stream", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
     Graph.said = said
     return Graph

@@ -11,17 +11,16 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, Qwen3Config, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from llava15_fast.fast import kv_cache
-from llava15_fast.fast.cuda_graphs import DecodeGraphs
-from llava15_fast.fast.kv_cache import PreallocatedLayer, adopt
+from llava15_fast.fast import limits
+from llava15_fast.fast.kv_cache import KVPool, PooledLayer
 
 LAYERS, HEADS, HEAD_DIM = 2, 2, 4
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(kv_cache, "BLOCK", 8)
-    monkeypatch.setattr(kv_cache, "HEADROOM", 2)
+    monkeypatch.setattr(limits, "KV_BLOCK", 8)
+    monkeypatch.setattr(limits, "KV_HEADROOM", 2)
 
 
 def states(batch, tokens):
@@ -30,7 +29,7 @@ def states(batch, tokens):
 
 def adopted(cache=None):
     cache = DynamicCache() if cache is None else cache
-    assert adopt(cache, LAYERS)
+    write_in_place(cache, [states(1, 0)] * LAYERS, [states(1, 0)] * LAYERS)
     return cache
 
 
@@ -43,14 +42,27 @@ def update(caches, batch, tokens):
             assert torch.equal(first[0], other[0]) and torch.equal(first[1], other[1])
 
 
-def write_in_place(cache, keys, values, layer):
-    """As the kernels fill a layer."""
-    layer, (batch, _, tokens, _) = cache.layers[layer], keys.shape
-    past = layer.get_seq_length()
-    layer.reserve(past + tokens, batch, HEADS, HEAD_DIM, keys.dtype, keys.device)
-    for storage, new in zip(layer.storages, (keys, values), strict=True):
-        storage[:, past : past + tokens] = new.transpose(1, 2)
-    layer.advance(tokens)
+def write_in_place(cache, keys, values, pool=None):
+    """As the kernels fill a cache; keys and values per layer."""
+    pool = pool or KVPool()
+    assert pool.guard(cache, LAYERS) is None
+    past, tokens = cache.get_seq_length(), keys[0].shape[2]
+    like = keys[0].new_empty(len(keys[0]), 0, HEADS, HEAD_DIM)
+    loan = pool.borrow(cache, LAYERS, like, past + tokens)
+    for pair, new in zip(loan.buffers.layers, zip(keys, values, strict=True), strict=True):
+        for storage, given in zip(pair, new, strict=True):
+            storage[:, past : past + tokens] = given.transpose(1, 2)
+    loan.advance(tokens)
+    return loan
+
+
+def write(caches, batch, tokens):
+    """The same random keys and values: into the buffers of the first cache, into the others by `update`."""
+    keys, values = ([states(batch, tokens) for _ in range(LAYERS)] for _ in range(2))
+    write_in_place(caches[0], keys, values)
+    for cache in caches[1:]:
+        for layer in range(LAYERS):
+            cache.update(keys[layer], values[layer], layer)
 
 
 def assert_equal(ours, stock):
@@ -84,10 +96,7 @@ def test_any_sequence_of_operations(operations, batch, seed):
         if name == "update":
             update([ours, stock], batch, number)
         elif name == "write":
-            for layer in range(LAYERS):
-                keys, values = states(batch, number), states(batch, number)
-                write_in_place(ours, keys, values, layer)
-                stock.update(keys, values, layer)
+            write([ours, stock], batch, number)
         elif name == "reset":
             ours.reset()
             stock, batch = DynamicCache(), first_batch  # what a reset means: transformers 5.17 zeroes instead
@@ -96,7 +105,7 @@ def test_any_sequence_of_operations(operations, batch, seed):
             ours = copy.deepcopy(ours) if name == "deepcopy" else pickle.loads(pickle.dumps(ours))
             update([before], batch, 3)  # goes its own way from now on
         elif name == "adopt":
-            assert adopt(ours, LAYERS)
+            write([ours, stock], batch, 0) if length else None
         elif not length:
             continue
         elif name == "crop":
@@ -120,41 +129,44 @@ def test_any_sequence_of_operations(operations, batch, seed):
 
 
 def addresses(cache):
-    return [storage.data_ptr() for layer in cache.layers for storage in layer.storages]
+    return [side.data_ptr() for layer in cache.layers for side in layer.peek()]
 
 
-def test_tokens_do_not_move_the_storage_until_it_is_full():
-    cache, stock = adopted(), DynamicCache()
-    update([cache, stock], 2, 3)
+def test_tokens_do_not_move_the_buffers_until_they_are_full():
+    cache, stock = DynamicCache(), DynamicCache()
+    write([cache, stock], 2, 3)
     moves, before = [], addresses(cache)
     for length in range(4, 41):
-        update([cache, stock], 2, 1)
+        write([cache, stock], 2, 1)
         if (now := addresses(cache)) != before:
             moves.append(length)
         before = now
-        assert_equal(cache, stock)
+        assert_equal(copy.deepcopy(cache), stock)  # who reads keys keeps them as they are
     assert moves == [9, 17, 25, 33]  # each block holds 8, and growing leaves room for 2 more at least
 
 
 def test_a_prompt_gets_its_room_at_once():
-    cache = adopted()
-    update([cache], 1, 7)
-    assert cache.layers[0].storages[0].shape == (1, 16, HEADS, HEAD_DIM)  # 8 would be full in a moment
-    cache = adopted()
-    update([cache], 1, 21)
-    assert cache.layers[0].storages[0].shape == (1, 24, HEADS, HEAD_DIM)
-    update([cache], 1, 23)  # and so does a long second turn
-    assert cache.layers[0].storages[0].shape == (1, 48, HEADS, HEAD_DIM)
+    def shape(cache):
+        return tuple(cache.layers[0]._loan.buffers.layers[0][0].shape)
+
+    cache = DynamicCache()
+    write([cache], 1, 6)
+    assert shape(cache) == (1, 8, HEADS, HEAD_DIM)
+    cache = DynamicCache()
+    write([cache], 1, 7)
+    assert shape(cache) == (1, 16, HEADS, HEAD_DIM)  # 8 would be full in a moment
+    write([cache], 1, 23)  # and so does a long second turn
+    assert shape(cache) == (1, 32, HEADS, HEAD_DIM)
 
 
-def test_cropping_keeps_the_storage_and_what_follows_overwrites():
-    cache, stock = adopted(), DynamicCache()
-    update([cache, stock], 2, 4)
+def test_cropping_keeps_the_buffers_and_what_follows_overwrites():
+    cache, stock = DynamicCache(), DynamicCache()
+    write([cache, stock], 2, 4)
     before = addresses(cache)
     for tokens in (3, 1, 0):
         for one in (cache, stock):
             one.crop(-tokens)
-        update([cache, stock], 2, tokens + 1)
+        write([cache, stock], 2, tokens + 1)
         assert_equal(copy.deepcopy(cache), stock)  # who reads keys keeps them as they are
     assert addresses(cache) == before
 
@@ -185,14 +197,14 @@ def test_cropping_to_a_length(length):
     assert_equal(cache, stock)
 
 
-def test_beams_stay_in_their_storage():
-    cache, stock = adopted(), DynamicCache()
-    update([cache, stock], 3, 5)
+def test_beams_stay_in_their_buffers():
+    cache, stock = DynamicCache(), DynamicCache()
+    write([cache, stock], 3, 4)
     before = addresses(cache)
     for order in ([2, 2, 0], [1, 0, 2], [0, 0, 0]):
         for one in (cache, stock):
             one.reorder_cache(torch.tensor(order))
-        update([cache, stock], 3, 1)
+        write([cache, stock], 3, 1)
         assert_equal(copy.deepcopy(cache), stock)  # who reads keys keeps them as they are
     assert addresses(cache) == before
 
@@ -239,10 +251,11 @@ def test_early_initialization():
 
 
 def test_room_for_another_batch_is_refused():
-    cache = adopted()
-    update([cache], 2, 5)
+    cache = DynamicCache()
+    write([cache], 2, 5)
     with pytest.raises(ValueError, match="holds 2 prompts, but the input has 3"):
-        cache.layers[0].reserve(6, 3, HEADS, HEAD_DIM, torch.float32, torch.device("cpu"))
+        write([cache], 3, 1)
+    assert cache.get_seq_length() == 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -253,21 +266,23 @@ def test_sixteen_bits(dtype):
     assert torch.equal(found[0], keys) and torch.equal(found[1], values) and found[0].dtype == dtype
 
 
-@pytest.mark.parametrize("read", [False, True], ids=["storages", "keys"])
-def test_storages_of_a_cache_that_is_gone(read):
-    """A graph of the decode step lends them to the next cache, but not while someone may still look at them."""
-    graphs, cache = DecodeGraphs(2), adopted()
-    update([cache], 2, 5)
-    graphs.run_on_cache((), cache, (), lambda: None, torch.device("cpu"))
+@pytest.mark.parametrize("read", [False, True], ids=["unread", "read"])
+@pytest.mark.parametrize("captured", [False, True], ids=["no graph", "graph"])
+def test_buffers_of_a_cache_that_is_gone(read, captured):
+    """They are kept for their graph, and lent to the next cache, but not while someone may still look at them."""
+    pool, cache = KVPool(), DynamicCache()
+    loan = write_in_place(cache, [states(2, 5)] * LAYERS, [states(2, 5)] * LAYERS, pool)
+    loan.buffers.slot.graph = object() if captured else None
     before = addresses(cache)
     kept = [pair[:2] for pair in cache] if read else []
     expected = copy.deepcopy(kept)
-    del cache
+    del cache, loan
     gc.collect()
-    following = adopted()
-    graphs.lend(following, 2, 3, states(2, 3))
-    update([following], 2, 3)
-    assert (addresses(following) == before) is not read
+    assert len(pool.idle) == (captured and not read)
+    following = DynamicCache()
+    loan = pool.borrow(following, LAYERS, torch.empty(2, 0, HEADS, HEAD_DIM), 3)
+    assert not captured or ([side.data_ptr() for pair in loan.buffers.layers for side in pair] == before) is not read
+    assert not any(side.any() for pair in loan.buffers.layers for side in pair)
     for pair, wanted in zip(kept, expected, strict=True):
         assert torch.equal(pair[0], wanted[0]) and torch.equal(pair[1], wanted[1])
 
@@ -282,35 +297,35 @@ def config(**changes):
 
 @pytest.mark.parametrize("filled", [0, 5, 30])
 @pytest.mark.parametrize("make", [DynamicCache, lambda: DynamicCache(config=config())], ids=["lazy", "config"])
-def test_adopting_keeps_the_contents(make, filled):
+def test_borrowing_keeps_the_contents(make, filled):
+    """And the objects: who has kept a layer of the cache sees what it holds."""
     cache = make()
     if filled:
         update([cache], 2, filled)
-    stock = copy.deepcopy(cache)
-    assert adopt(cache, LAYERS)
-    assert type(cache) is DynamicCache and [type(layer) for layer in cache.layers] == [PreallocatedLayer] * LAYERS
-    assert_equal(cache, stock)
-    update([cache, stock], 2, 7)
+    stock, layers = copy.deepcopy(cache), list(cache.layers)
+    write([cache, stock], 2, 7)
+    assert type(cache) is DynamicCache and [type(layer) for layer in cache.layers] == [PooledLayer] * LAYERS
+    assert all(now is then for now, then in zip(cache.layers, layers, strict=False))
     assert_equal(cache, stock)
 
 
-def test_adopting_does_not_share_memory_with_the_user():
+def test_borrowing_does_not_share_memory_with_the_user():
     keys, values = states(1, 4), states(1, 4)
     cache = DynamicCache([(keys, values)] * LAYERS)
-    adopt(cache, LAYERS)
     before = keys.clone()
-    cache.reorder_cache(torch.tensor([0]))
-    for _, storage in (layer.storages for layer in cache.layers):
-        storage.zero_()
+    loan = write_in_place(cache, [states(1, 1)] * LAYERS, [states(1, 1)] * LAYERS)
+    for pair in loan.buffers.layers:
+        for side in pair:
+            side.zero_()
     assert torch.equal(keys, before)
 
 
-def test_adopting_twice_changes_nothing():
-    cache = adopted()
-    update([cache], 1, 3)
-    layers, before = list(cache.layers), addresses(cache)
-    assert adopt(cache, LAYERS)
-    assert all(now is then for now, then in zip(cache.layers, layers, strict=True)) and addresses(cache) == before
+def test_borrowing_twice_changes_nothing():
+    cache, pool = DynamicCache(), KVPool()
+    loan = write_in_place(cache, [states(1, 3)] * LAYERS, [states(1, 3)] * LAYERS, pool)
+    before = addresses(cache)
+    assert pool.borrow(cache, LAYERS, torch.empty(1, 0, HEADS, HEAD_DIM), 3) is loan
+    assert addresses(cache) == before and loan.is_whole
 
 
 class OwnCache(DynamicCache):
@@ -324,6 +339,7 @@ class OwnLayer(DynamicLayer):
 REFUSED = {
     "static": lambda: StaticCache(config=config(), max_cache_len=8),
     "sliding window": lambda: DynamicCache(config=config(use_sliding_window=True, sliding_window=4, max_window_layers=0)),
+    "a method of its own": lambda: with_update(DynamicCache()),
     "one sliding layer": lambda: Cache(layers=[DynamicLayer(), DynamicSlidingWindowLayer(sliding_window=4)]),
     "of its own class": OwnCache,
     "layers of their own class": lambda: with_layers([OwnLayer() for _ in range(LAYERS)]),
@@ -340,6 +356,11 @@ def with_layers(layers, later=None):
     return cache
 
 
+def with_update(cache):
+    cache.update = lambda keys, values, layer, *args: (keys, values)
+    return cache
+
+
 def offloaded(cache):
     cache.offloading = True  # its constructor makes a stream, which needs a GPU
     return cache
@@ -349,7 +370,7 @@ def offloaded(cache):
 def test_other_caches_are_refused_and_left_alone(make):
     cache = make()
     layers, attributes = list(cache.layers), dict(cache.__dict__)
-    assert not adopt(cache, LAYERS)
+    assert KVPool().guard(cache, LAYERS)
     assert list(cache.layers) == layers and {**cache.__dict__, "layers": attributes["layers"]} == attributes
 
 
@@ -366,8 +387,10 @@ def test_beams_in_inference_mode_leave_a_cache_that_can_be_written_to():
 
 
 def test_another_number_of_prompts_is_refused_and_nothing_is_written():
-    cache = adopted()
-    update((cache,), 3, 4)
-    with pytest.raises(ValueError, match="holds 3 prompts, but the input has 1"):
+    cache = DynamicCache()
+    write([cache], 3, 4)
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):  # torch's, as for transformers' own
         cache.update(states(1, 2), states(1, 2), 0)
     assert [layer.get_seq_length() for layer in cache.layers] == [4] * LAYERS
+
+
