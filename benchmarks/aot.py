@@ -134,7 +134,7 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         k_cache, v_cache = empty(2, 1, CAPACITY, kv_heads, shape.head_dim)
         ops.rms_norm(x, weight, 1e-6)
         ops.add_rms_norm(x, x, weight, 1e-6)
-        ops.silu_and_mul(empty(TOKENS, 2 * shape.intermediate_size))
+        ops.silu_and_mul(*(empty(TOKENS, shape.intermediate_size) for _ in "gu"))
         if shape != TEXT["4b"]:
             return  # heads are the same in both: what follows does not depend on the width
         ops.rms_norm(q, head_weight, 1e-6)

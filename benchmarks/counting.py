@@ -27,7 +27,7 @@ from transformers import DynamicCache
 from transformers.initialization import no_init_weights
 
 from llava15_fast import LlavaOnevision1_5Config, LlavaOnevision1_5ForConditionalGeneration
-from llava15_fast.fast.kv_cache import adopt
+from llava15_fast.fast.kv_cache import KVPool
 from llava15_kernels.cost import cost_of, nbytes
 
 from .sizes import TEXT
@@ -58,7 +58,9 @@ def filled_cache(model: LlavaOnevision1_5ForConditionalGeneration, batch: int, t
     text = model.config.text_config
     cache = DynamicCache(config=text)
     if not stock:
-        adopt(cache, text.num_hidden_layers)
+        like = torch.empty(batch, 0, text.num_key_value_heads, text.head_dim)
+        KVPool().borrow(cache, text.num_hidden_layers, like, tokens + 1).advance(tokens)
+        return cache
     states = torch.empty(batch, text.num_key_value_heads, tokens, text.head_dim)
     for index in range(text.num_hidden_layers):
         cache.update(states, states, index)

@@ -1,8 +1,8 @@
 """Guards: whether the fast path may stand for what the original would do.
 
-A request (`request.py`) asks them once, when it begins. Each answers None, or the reason for a fallback that the report gives. The
-tables name the modules that fused code passes over; functions are compared with the objects seen at import, wherever a look-up
-finds them. What is not known is not fast.
+A request (`request.py`) asks them once, when it begins. Each answers None, or the reason for a fallback that the report gives.
+The tables name the modules that fused code passes over; functions are compared with the objects seen at import. What is not
+known is not fast.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ _TRUSTED = tuple(
 
 
 def _is_theirs(function: Any) -> bool:
-    """Whether its code is torch's, transformers' or ours: `functools.wraps` copies a name and a module, but not where that is."""
+    """Whether its code is torch's, transformers' or ours: `functools.wraps` copies names, but not the file of the code."""
     if isinstance(function, functools.partial):
         function = function.func
     code = getattr(getattr(function, "__func__", function), "__code__", None)

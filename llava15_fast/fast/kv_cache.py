@@ -145,9 +145,11 @@ class PooledLayer(DynamicLayer):
         return self._loan.buffers.view(self._index, self._loan.length) if self._own is None else self._own
 
     def _get(self, side: int) -> torch.Tensor | None:
-        if self._own is None and not self._unseen:
-            self._loan.buffers.exposed = max(self._loan.buffers.exposed, self._loan.length)
-        return self.peek()[side]
+        tensor = self.peek()[side]
+        # What cropping has left is a view of the buffers, too.
+        if not self._unseen and self._loan is not None and self._loan.buffers.shares(self._index, tensor):
+            self._loan.buffers.exposed = max(self._loan.buffers.exposed, tensor.shape[-2])
+        return tensor
 
     def _set(self, side: int, tensor: torch.Tensor | None) -> None:
         pair = list(self.peek())
@@ -169,7 +171,10 @@ class PooledLayer(DynamicLayer):
         loan.held += 1
 
     def get_seq_length(self) -> int:
-        return self._loan.length if self._own is None else super().get_seq_length()
+        if self._own is None:
+            return self._loan.length
+        keys = self._own[0]
+        return 0 if not self.is_initialized or keys.numel() == 0 else keys.shape[-2]
 
     crop = _unexposed("crop")
     batch_repeat_interleave = _unexposed("batch_repeat_interleave")

@@ -11,8 +11,8 @@
             x = silu_and_mul(n Wgate^T, n Wup^T) Wdown^T
         -> rms_norm(x + r) -> (B, L, width)
 
-Thirteen launches a layer in decoding. A request (`request.py`) is guarded and planned by its first forward (`first_step`); those
-that follow on the same cache take `next_step`, which looks at shapes only.
+Thirteen launches a layer in decoding. A request (`request.py`) is guarded and planned by its first forward (`first_step`);
+those that follow on the same cache take `next_step`, which looks at shapes only.
 """
 
 from __future__ import annotations

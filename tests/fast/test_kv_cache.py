@@ -27,9 +27,15 @@ def states(batch, tokens):
     return torch.randn(batch, HEADS, tokens, HEAD_DIM)
 
 
-def adopted(cache=None):
-    cache = DynamicCache() if cache is None else cache
-    write_in_place(cache, [states(1, 0)] * LAYERS, [states(1, 0)] * LAYERS)
+def borrow(cache, batch, tokens=0, pool=None):
+    pool = pool or KVPool()
+    assert pool.guard(cache, LAYERS) is None
+    return pool.borrow(cache, LAYERS, torch.empty(batch, 0, HEADS, HEAD_DIM), tokens)
+
+
+def pooled(batch):
+    cache = DynamicCache()
+    borrow(cache, batch)
     return cache
 
 
@@ -42,27 +48,29 @@ def update(caches, batch, tokens):
             assert torch.equal(first[0], other[0]) and torch.equal(first[1], other[1])
 
 
-def write_in_place(cache, keys, values, pool=None):
-    """As the kernels fill a cache; keys and values per layer."""
-    pool = pool or KVPool()
-    assert pool.guard(cache, LAYERS) is None
-    past, tokens = cache.get_seq_length(), keys[0].shape[2]
-    like = keys[0].new_empty(len(keys[0]), 0, HEADS, HEAD_DIM)
-    loan = pool.borrow(cache, LAYERS, like, past + tokens)
-    for pair, new in zip(loan.buffers.layers, zip(keys, values, strict=True), strict=True):
-        for storage, given in zip(pair, new, strict=True):
-            storage[:, past : past + tokens] = given.transpose(1, 2)
+def write_in_place(cache, batch, tokens, *others, pool=None):
+    """As the kernels fill a cache; the other caches are updated with the same."""
+    past = cache.get_seq_length()
+    loan = borrow(cache, batch, past + tokens, pool)
+    assert loan.is_whole and loan.length == past
+    for index, sides in enumerate(loan.buffers.layers):
+        pair = states(batch, tokens), states(batch, tokens)
+        for side, new in zip(sides, pair, strict=True):
+            side[:, past : past + tokens] = new.transpose(1, 2)
+        for other in others:
+            other.update(*pair, index)
     loan.advance(tokens)
     return loan
 
 
-def write(caches, batch, tokens):
-    """The same random keys and values: into the buffers of the first cache, into the others by `update`."""
-    keys, values = ([states(batch, tokens) for _ in range(LAYERS)] for _ in range(2))
-    write_in_place(caches[0], keys, values)
-    for cache in caches[1:]:
-        for layer in range(LAYERS):
-            cache.update(keys[layer], values[layer], layer)
+def buffers(cache):
+    (found,) = {layer._loan.buffers for layer in cache.layers}
+    return found
+
+
+def assert_unchanged(kept, expected):
+    for pair, wanted in zip(kept, expected, strict=True):
+        assert torch.equal(pair[0], wanted[0]) and torch.equal(pair[1], wanted[1])
 
 
 def assert_equal(ours, stock):
@@ -78,7 +86,7 @@ operations = st.lists(
     st.one_of(
         st.tuples(st.sampled_from(["update", "write", "crop", "repeat"]), st.integers(1, 20)),
         st.tuples(st.sampled_from(["reorder", "select"]), st.lists(st.integers(0, 99), min_size=1, max_size=4)),
-        st.tuples(st.sampled_from(["reset", "deepcopy", "pickle", "adopt"]), st.none()),
+        st.tuples(st.sampled_from(["reset", "deepcopy", "pickle", "borrow", "read"]), st.none()),
     ),
     min_size=1,
     max_size=12,
@@ -90,24 +98,28 @@ operations = st.lists(
 def test_any_sequence_of_operations(operations, batch, seed):
     torch.manual_seed(seed)
     first_batch = batch
-    ours, stock = adopted(), DynamicCache()
+    ours, stock = pooled(batch), DynamicCache()
+    kept, expected = [], []
     for name, number in operations:
         length = stock.get_seq_length()
         if name == "update":
             update([ours, stock], batch, number)
         elif name == "write":
-            write([ours, stock], batch, number)
+            write_in_place(ours, batch, number, stock)
         elif name == "reset":
             ours.reset()
             stock, batch = DynamicCache(), first_batch  # what a reset means: transformers 5.17 zeroes instead
         elif name in ("deepcopy", "pickle"):
             before = ours
             ours = copy.deepcopy(ours) if name == "deepcopy" else pickle.loads(pickle.dumps(ours))
-            update([before], batch, 3)  # goes its own way from now on
-        elif name == "adopt":
-            write([ours, stock], batch, 0) if length else None
+            write_in_place(before, batch, 3)  # goes its own way from now on
+        elif name == "borrow":
+            borrow(ours, batch, length)
         elif not length:
             continue
+        elif name == "read":
+            kept += [pair[:2] for pair in ours]
+            expected = copy.deepcopy(kept)
         elif name == "crop":
             for cache in (ours, stock):
                 cache.crop(-min(number, length - 1))
@@ -125,19 +137,21 @@ def test_any_sequence_of_operations(operations, batch, seed):
             batch = len(chosen)
             for cache in (ours, stock):
                 cache.batch_select_indices(chosen)
-        assert_equal(ours, stock)
+        assert_equal(copy.deepcopy(ours), stock)  # a look at a copy is none that the cache has to respect
+        assert_unchanged(kept, expected)
+    assert_equal(ours, stock)
 
 
 def addresses(cache):
-    return [side.data_ptr() for layer in cache.layers for side in layer.peek()]
+    return [side.data_ptr() for pair in buffers(cache).layers for side in pair]
 
 
 def test_tokens_do_not_move_the_buffers_until_they_are_full():
-    cache, stock = DynamicCache(), DynamicCache()
-    write([cache, stock], 2, 3)
+    cache, stock = pooled(2), DynamicCache()
+    write_in_place(cache, 2, 3, stock)
     moves, before = [], addresses(cache)
     for length in range(4, 41):
-        write([cache, stock], 2, 1)
+        write_in_place(cache, 2, 1, stock)
         if (now := addresses(cache)) != before:
             moves.append(length)
         before = now
@@ -146,38 +160,50 @@ def test_tokens_do_not_move_the_buffers_until_they_are_full():
 
 
 def test_a_prompt_gets_its_room_at_once():
-    def shape(cache):
-        return tuple(cache.layers[0]._loan.buffers.layers[0][0].shape)
+    shape = 1, 16, HEADS, HEAD_DIM  # 8 would be full in a moment
+    assert write_in_place(DynamicCache(), 1, 7).buffers.layers[0][0].shape == shape
+    cache = DynamicCache()
+    assert write_in_place(cache, 1, 21).buffers.capacity == 24
+    loan = write_in_place(cache, 1, 23)  # and so does a long second turn
+    assert {side.shape for pair in loan.buffers.layers for side in pair} == {(1, 48, HEADS, HEAD_DIM)}
 
-    cache = DynamicCache()
-    write([cache], 1, 6)
-    assert shape(cache) == (1, 8, HEADS, HEAD_DIM)
-    cache = DynamicCache()
-    write([cache], 1, 7)
-    assert shape(cache) == (1, 16, HEADS, HEAD_DIM)  # 8 would be full in a moment
-    write([cache], 1, 23)  # and so does a long second turn
-    assert shape(cache) == (1, 32, HEADS, HEAD_DIM)
+
+def test_an_update_has_tensors_of_its_own_until_the_next_borrowing():
+    cache, stock = DynamicCache(), DynamicCache()
+    loan = write_in_place(cache, 2, 3, stock)
+    update([cache, stock], 2, 2)
+    assert not loan.is_whole and [layer._loan for layer in cache.layers] == [None] * LAYERS
+    assert write_in_place(cache, 2, 1, stock) is not loan
+    assert_equal(cache, stock)
 
 
 def test_cropping_keeps_the_buffers_and_what_follows_overwrites():
-    cache, stock = DynamicCache(), DynamicCache()
-    write([cache, stock], 2, 4)
+    cache, stock = pooled(2), DynamicCache()
+    write_in_place(cache, 2, 4, stock)
     before = addresses(cache)
     for tokens in (3, 1, 0):
         for one in (cache, stock):
             one.crop(-tokens)
-        write([cache, stock], 2, tokens + 1)
+        write_in_place(cache, 2, tokens + 1, stock)
         assert_equal(copy.deepcopy(cache), stock)  # who reads keys keeps them as they are
     assert addresses(cache) == before
 
 
-def test_cropping_everything():
-    cache, stock = adopted(), DynamicCache()
-    update([cache, stock], 2, 5)
+def update_too(cache, batch, tokens, *others):
+    update([cache, *others], batch, tokens)
+
+
+both_ways = pytest.mark.parametrize("follow", [write_in_place, update_too], ids=["write", "update"])
+
+
+@both_ways
+def test_cropping_everything(follow):
+    cache, stock = pooled(2), DynamicCache()
+    write_in_place(cache, 2, 5, stock)
     for one in (cache, stock):
         one.crop(-5)
     assert cache.get_seq_length() == stock.get_seq_length() == 0
-    update([cache, stock], 2, 2)
+    follow(cache, 2, 2, stock)
     assert_equal(cache, stock)
 
 
@@ -191,20 +217,20 @@ def test_cropping_to_a_length(length):
         except ValueError as error:
             return str(error)
 
-    cache, stock = adopted(), DynamicCache()
-    update([cache, stock], 1, 6)
+    cache, stock = pooled(1), DynamicCache()
+    write_in_place(cache, 1, 6, stock)
     assert crop(cache) == crop(stock)
     assert_equal(cache, stock)
 
 
 def test_beams_stay_in_their_buffers():
-    cache, stock = DynamicCache(), DynamicCache()
-    write([cache, stock], 3, 4)
+    cache, stock = pooled(3), DynamicCache()
+    write_in_place(cache, 3, 5, stock)
     before = addresses(cache)
     for order in ([2, 2, 0], [1, 0, 2], [0, 0, 0]):
         for one in (cache, stock):
             one.reorder_cache(torch.tensor(order))
-        write([cache, stock], 3, 1)
+        write_in_place(cache, 3, 1, stock)
         assert_equal(copy.deepcopy(cache), stock)  # who reads keys keeps them as they are
     assert addresses(cache) == before
 
@@ -219,75 +245,121 @@ def test_beams_stay_in_their_buffers():
     ],
     ids=["crop", "reorder", "reset", "select"],
 )
-def test_what_was_read_before_does_not_change(change):
+@pytest.mark.parametrize("cropped", [False, True], ids=["whole", "cropped"])
+@both_ways
+def test_what_was_read_before_does_not_change(change, cropped, follow):
     """Keys and values that someone keeps are theirs, as with transformers' own cache."""
-    cache = adopted()
-    update([cache], 2, 5)
+    cache = pooled(2)
+    write_in_place(cache, 2, 5 + cropped)
+    cache.crop(-int(cropped))
     kept = [pair[:2] for pair in cache]
     expected = copy.deepcopy(kept)
+    borrow(cache, 2, 5)
     change(cache)
-    update([cache], 2, 4)
-    for pair, wanted in zip(kept, expected, strict=True):
-        assert torch.equal(pair[0], wanted[0]) and torch.equal(pair[1], wanted[1])
+    follow(cache, 2, 4)
+    assert_unchanged(kept, expected)
 
 
-def test_reset_and_again_with_other_prompts():
-    cache = adopted()
-    update([cache], 2, 5)
+@both_ways
+def test_reset_and_again_with_other_prompts(follow):
+    cache = pooled(2)
+    write_in_place(cache, 2, 5)
     cache.reset()
     assert cache.get_seq_length() == 0 and cache.get_mask_sizes(3, 0) == (3, 0) and not cache.is_initialized
     stock = DynamicCache()
-    update([cache, stock], 3, 4)
+    follow(cache, 3, 4, stock)
     assert_equal(cache, stock)
 
 
-def test_early_initialization():
-    cache, stock = adopted(), DynamicCache(config=config())
+@both_ways
+def test_an_empty_cache_takes_other_prompts(follow):
+    cache, stock = pooled(2), DynamicCache()
+    follow(cache, 3, 4, stock)
+    assert_equal(cache, stock)
+
+
+@both_ways
+def test_early_initialization(follow):
+    cache, stock = pooled(2), DynamicCache(config=config())
     for one in (cache, stock):
         one.early_initialization(2, HEADS, HEAD_DIM, torch.float32, torch.device("cpu"))
         assert one.get_seq_length() == 0 and one.is_initialized
-    update([cache, stock], 2, 3)
+    follow(cache, 2, 3, stock)
     assert_equal(cache, stock)
 
 
-def test_room_for_another_batch_is_refused():
-    cache = DynamicCache()
-    write([cache], 2, 5)
+@pytest.mark.parametrize("again", [pickle.dumps, copy.deepcopy], ids=["pickle", "deepcopy"])
+def test_copies_are_plain(again):
+    cache, stock = DynamicCache(), DynamicCache()
+    loan = write_in_place(cache, 2, 5, stock)
+    copied = again(cache)
+    copied = pickle.loads(copied) if isinstance(copied, bytes) else copied
+    assert [type(layer) for layer in copied.layers] == [DynamicLayer] * LAYERS
+    assert not loan.buffers.exposed
+    write_in_place(cache, 2, 1)
+    assert_equal(copied, stock)
+
+
+def test_another_number_of_prompts_is_refused_and_nothing_is_written():
+    cache, stock = pooled(2), DynamicCache()
+    write_in_place(cache, 2, 5, stock)
     with pytest.raises(ValueError, match="holds 2 prompts, but the input has 3"):
-        write([cache], 3, 1)
-    assert cache.get_seq_length() == 5
+        borrow(cache, 3, 6)
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        cache.update(states(3, 2), states(3, 2), 0)
+    assert [layer.get_seq_length() for layer in cache.layers] == [5] * LAYERS
+    assert_equal(cache, stock)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sixteen_bits(dtype):
-    cache = adopted()
+    cache = DynamicCache()
     keys, values = states(1, 9).to(dtype), states(1, 9).to(dtype)
+    loan = KVPool().borrow(cache, LAYERS, keys.transpose(1, 2)[:, :0], 0)
+    assert {side.dtype for pair in loan.buffers.layers for side in pair} == {dtype}
     found = cache.update(keys, values, 0)
     assert torch.equal(found[0], keys) and torch.equal(found[1], values) and found[0].dtype == dtype
 
 
+@pytest.mark.parametrize("cropped", [False, True], ids=["whole", "cropped"])
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("read", [False, True], ids=["unread", "read"])
-@pytest.mark.parametrize("captured", [False, True], ids=["no graph", "graph"])
-def test_buffers_of_a_cache_that_is_gone(read, captured):
-    """They are kept for their graph, and lent to the next cache, but not while someone may still look at them."""
+def test_buffers_of_a_cache_that_is_gone(read, captured, cropped):
+    """With a graph of the decode step they go to the next cache, but not while someone may still look at them."""
     pool, cache = KVPool(), DynamicCache()
-    loan = write_in_place(cache, [states(2, 5)] * LAYERS, [states(2, 5)] * LAYERS, pool)
-    loan.buffers.slot.graph = object() if captured else None
-    before = addresses(cache)
+    held = write_in_place(cache, 2, 5, pool=pool).buffers
+    held.slot.graph = object() if captured else None
+    cache.crop(-int(cropped))
     kept = [pair[:2] for pair in cache] if read else []
     expected = copy.deepcopy(kept)
-    del cache, loan
+    assert not pool.idle
+    del cache
     gc.collect()
-    assert len(pool.idle) == (captured and not read)
-    following = DynamicCache()
-    loan = pool.borrow(following, LAYERS, torch.empty(2, 0, HEADS, HEAD_DIM), 3)
-    assert not captured or ([side.data_ptr() for pair in loan.buffers.layers for side in pair] == before) is not read
-    assert not any(side.any() for pair in loan.buffers.layers for side in pair)
-    for pair, wanted in zip(kept, expected, strict=True):
-        assert torch.equal(pair[0], wanted[0]) and torch.equal(pair[1], wanted[1])
+    assert pool.idle == ([held] if captured and not read else [])
+    following, stock = DynamicCache(), DynamicCache()
+    assert (write_in_place(following, 2, 3, stock, pool=pool).buffers is held) is (captured and not read)
+    assert_equal(following, stock)
+    assert_unchanged(kept, expected)
+    assert not pool.clear()
 
 
-# Which caches are adopted
+def test_idle_buffers_serve_the_same_number_of_prompts_and_are_few():
+    pool = KVPool()
+    for batch in (1, 2, 3):
+        loan = write_in_place(DynamicCache(), batch, 5, pool=pool)
+        loan.buffers.slot.graph = object()
+    del loan
+    gc.collect()
+    assert [idle.batch for idle in pool.idle] == [1, 2, 3][-limits.IDLE_BUFFERS :]
+    first = borrow(DynamicCache(), 2, 30, pool)  # too many tokens
+    assert first.buffers.batch == 2 and len(pool.idle) == limits.IDLE_BUFFERS
+    cache = DynamicCache()
+    assert borrow(cache, 2, 3, pool).buffers.slot.is_captured
+    assert not any(side.any() for pair in buffers(cache).layers for side in pair)
+    assert pool.clear() and not pool.idle and not pool.clear()
+
+
+# Which caches are lent to
 
 
 def config(**changes):
@@ -298,34 +370,45 @@ def config(**changes):
 @pytest.mark.parametrize("filled", [0, 5, 30])
 @pytest.mark.parametrize("make", [DynamicCache, lambda: DynamicCache(config=config())], ids=["lazy", "config"])
 def test_borrowing_keeps_the_contents(make, filled):
-    """And the objects: who has kept a layer of the cache sees what it holds."""
     cache = make()
     if filled:
         update([cache], 2, filled)
     stock, layers = copy.deepcopy(cache), list(cache.layers)
-    write([cache, stock], 2, 7)
+    borrow(cache, 2, filled)
     assert type(cache) is DynamicCache and [type(layer) for layer in cache.layers] == [PooledLayer] * LAYERS
     assert all(now is then for now, then in zip(cache.layers, layers, strict=False))
+    assert_equal(copy.deepcopy(cache), stock)
+    write_in_place(cache, 2, 7, stock)
+    assert_equal(cache, stock)
+    update([cache, stock], 2, 7)
     assert_equal(cache, stock)
 
 
 def test_borrowing_does_not_share_memory_with_the_user():
     keys, values = states(1, 4), states(1, 4)
     cache = DynamicCache([(keys, values)] * LAYERS)
-    before = keys.clone()
-    loan = write_in_place(cache, [states(1, 1)] * LAYERS, [states(1, 1)] * LAYERS)
-    for pair in loan.buffers.layers:
+    borrow(cache, 1, 4)
+    before = keys.clone(), values.clone()
+    cache.reorder_cache(torch.tensor([0]))
+    for pair in buffers(cache).layers:
         for side in pair:
             side.zero_()
-    assert torch.equal(keys, before)
+    assert torch.equal(keys, before[0]) and torch.equal(values, before[1])
 
 
 def test_borrowing_twice_changes_nothing():
-    cache, pool = DynamicCache(), KVPool()
-    loan = write_in_place(cache, [states(1, 3)] * LAYERS, [states(1, 3)] * LAYERS, pool)
-    before = addresses(cache)
-    assert pool.borrow(cache, LAYERS, torch.empty(1, 0, HEADS, HEAD_DIM), 3) is loan
-    assert addresses(cache) == before and loan.is_whole
+    cache = DynamicCache()
+    loan = write_in_place(cache, 1, 3)
+    layers, before = list(cache.layers), addresses(cache)
+    assert borrow(cache, 1, 3) is loan and loan.is_whole
+    assert all(now is then for now, then in zip(cache.layers, layers, strict=True)) and addresses(cache) == before
+
+
+def test_layers_of_different_lengths_are_refused():
+    cache = pooled(1)
+    write_in_place(cache, 1, 3)
+    cache.layers[1].crop(-1)
+    assert "different numbers of tokens" in KVPool().guard(cache, LAYERS)
 
 
 class OwnCache(DynamicCache):
@@ -370,27 +453,19 @@ def offloaded(cache):
 def test_other_caches_are_refused_and_left_alone(make):
     cache = make()
     layers, attributes = list(cache.layers), dict(cache.__dict__)
-    assert KVPool().guard(cache, LAYERS)
+    assert KVPool().guard(cache, LAYERS) is not None
     assert list(cache.layers) == layers and {**cache.__dict__, "layers": attributes["layers"]} == attributes
 
 
-def test_beams_in_inference_mode_leave_a_cache_that_can_be_written_to():
-    """Someone has looked at it, so that they are put in order in new storages."""
-    ours, stock = adopted(), DynamicCache()
-    update((ours, stock), 2, 3)
-    assert ours.layers[0].keys is not None
+@pytest.mark.parametrize("read", [False, True], ids=["unread", "read"])
+@both_ways
+def test_a_cache_of_inference_mode_can_be_written_to_afterwards(read, follow):
+    """Beams of a cache that someone has looked at are put in order in tensors of their own."""
+    ours, stock = DynamicCache(), DynamicCache()
     with torch.inference_mode():
+        write_in_place(ours, 2, 3, stock)
+        assert not read or ours.layers[0].keys is not None
         for cache in (ours, stock):
             cache.reorder_cache(torch.tensor([1, 0]))
-    update((ours, stock), 2, 2)
+    follow(ours, 2, 2, stock)
     assert_equal(ours, stock)
-
-
-def test_another_number_of_prompts_is_refused_and_nothing_is_written():
-    cache = DynamicCache()
-    write([cache], 3, 4)
-    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):  # torch's, as for transformers' own
-        cache.update(states(1, 2), states(1, 2), 0)
-    assert [layer.get_seq_length() for layer in cache.layers] == [4] * LAYERS
-
-

@@ -66,5 +66,6 @@ def test_a_slower_way_is_logged_once_and_counted(tiny, prompt, caplog):
     assert said.count("language_model falls back to the original: output_hidden_states is on") == 1
     assert len(said) == len(set(said))
     rows = {row.path: row.fallbacks for row in handle.report().rows}
-    assert rows["generate"]["neither greedy search nor sampling"] == 3 and rows["language_model"] == {"output_hidden_states is on": 6}
+    assert rows["generate"]["neither greedy search nor sampling"] == 3
+    assert rows["language_model"] == {"output_hidden_states is on": 6}
     assert "neither greedy search nor sampling (3)" in repr(handle.report())

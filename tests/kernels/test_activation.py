@@ -53,3 +53,14 @@ def test_activation_errors(device):
         gelu(torch.randn(3, 5, device=device), torch.randn(4, device=device))
     with pytest.raises(TypeError, match="float64"):
         gelu(torch.randn(3, 5, device=device).double())
+
+
+def test_gate_and_up_in_two_tensors(device):
+    """As two linear layers give them, with rows that have strides of their own."""
+    x = torch.randn(5, 2 * 40, device=device)
+    gate, up = x.chunk(2, dim=-1)
+    packed = silu_and_mul(x, backend="triton")
+    assert torch.equal(silu_and_mul(gate.contiguous(), up, backend="triton"), packed)
+    torch.testing.assert_close(silu_and_mul(gate, up, backend="torch"), packed)
+    with pytest.raises(ValueError, match="differ"):
+        silu_and_mul(gate, up[:, :20])
