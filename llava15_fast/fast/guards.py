@@ -99,7 +99,7 @@ STATIC_ROPE = ("default", "linear", "yarn", "llama3")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 """Implementations that are all ways to the same."""
 
-OPTIONS = ("output_attentions", "output_hidden_states", "return_dict", "is_causal", "num_items_in_batch")
+OPTIONS = ("output_attentions", "output_hidden_states", "return_dict", "is_causal", "num_items_in_batch", "tokenizer")
 """Keyword arguments of a forward that are known; any other may change what attention computes."""
 
 

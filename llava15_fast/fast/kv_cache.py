@@ -90,7 +90,7 @@ class Buffers:
         """Whether `pair` is `view(index, length)`."""
         return all(
             self.shares(index, given)
-            and (given.data_ptr(), given.shape, given.stride()) == (own.data_ptr(), own.shape, own.stride())
+            and (given.storage_offset(), given.shape, given.stride()) == (own.storage_offset(), own.shape, own.stride())
             for given, own in zip(pair, self.view(index, length), strict=True)
         )
 

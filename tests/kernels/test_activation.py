@@ -46,6 +46,15 @@ def test_strided_views(device):
     assert torch.equal(gelu(view, backend="triton"), gelu(view.contiguous(), backend="triton"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gate_and_up_apart(device, dtype):
+    """Two tensors, each with rows of its own stride, give what both give side by side."""
+    gate = torch.randn(5, 70, device=device).to(dtype)[:, 3:67]
+    up = torch.randn(10, 65, device=device).to(dtype)[::2, 1:]
+    packed = silu_and_mul(torch.cat((gate, up), -1), backend="triton")
+    assert torch.equal(silu_and_mul(gate, up, backend="triton"), packed)
+
+
 def test_activation_errors(device):
     with pytest.raises(ValueError, match=r"\(3, 5\)"):
         silu_and_mul(torch.randn(3, 5, device=device))
