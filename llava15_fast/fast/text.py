@@ -57,10 +57,12 @@ class FastTextModel(FastModule, Qwen3Model):
     ) -> Any:
         if (cache := kwargs.pop("cache", None)) is None:  # its other name, see `releases.CACHE`
             cache = past_key_values
-        if torch.compiler.is_compiling():  # the compiler fuses for itself, and can look at no guard
-            inputs = (input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache)
-            return super().forward(*inputs, **kwargs)
         call = TextCall(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, kwargs)
+        if torch.compiler.is_compiling():
+            hidden_states = compiled(self, call)
+            if hidden_states is None:
+                return super().forward(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, **kwargs)
+            return BaseModelOutputWithPast(last_hidden_state=hidden_states)
         forward, runtime = original(FastTextModel, self, "forward"), runtime_of(self)
         if runtime is None or forward is not FORWARDS[Qwen3Model]:
             step: Step | str = "the class has a forward of its own"
@@ -175,6 +177,25 @@ def first_step(module: nn.Module, runtime: Runtime, request: Request, call: Text
     else:
         step.layout = prompt_layout(tokens, step.position_ids, None if loan is None else loan.buffers.capacity)
     return step
+
+
+def compiled(module: nn.Module, call: TextCall) -> torch.Tensor | None:
+    """What torch.compile captures; None for the original: a cache that is written in place and a mask that is read are nothing
+    for it."""
+    runtime = runtime_of(module)
+    cached = call.cache is not None or (module.config.use_cache if call.use_cache is None else call.use_cache)
+    if runtime is None or type(module) is not FastTextModel or cached or call.attention_mask is not None:
+        return None
+    facts = text_facts(module)
+    if facts.guard or _input_guard(module, call) or call.position_ids is not None:
+        return None
+    (batch, length), device = call.given.shape[:2], call.given.device
+    embeds = module.embed_tokens(call.input_ids) if call.inputs_embeds is None else call.inputs_embeds
+    rows = torch.arange(length, device=device).expand(batch, -1).reshape(1, -1)
+    bounds = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
+    layout = TextLayout(rows, None, None, bounds, bounds, length, length, batch * length)
+    shape = None if facts.plain else (batch, length)
+    return run_layers(module, embeds, layout, None, runtime.backend_on(embeds.device), shape)
 
 
 def _input_guard(module: nn.Module, call: TextCall) -> str | None:

@@ -46,11 +46,15 @@ class FastVisionModel(FastModule, LlavaOnevision1_5VisionModel):
 
     def embed_patches(self, pixel_values: torch.Tensor, layout: VisionLayout) -> torch.Tensor:
         """The convolution sees one patch at a time: a matrix product, several times faster as one."""
-        if torch.compiler.is_compiling():
-            return super().embed_patches(pixel_values, layout)
         weight = getattr(getattr(self.patch_embed, "proj", None), "weight", None)
         x = pixel_values if weight is None else pixel_values.to(weight.dtype)
-        way = _way(self, "embed_patches", lambda: _ask(self, embed_guard) or call_guard(self, x, weight, {}))
+
+        def guard() -> str | None:
+            return _ask(self, embed_guard) or call_guard(self, x, weight, {})
+
+        if torch.compiler.is_compiling() and not _compiles(self, guard):
+            return super().embed_patches(pixel_values, layout)
+        way = _way(self, "embed_patches", guard)
         if not isinstance(way, Runtime):
             return way(self, pixel_values, layout)
         backend = _start(way, "embed_patches", x.device)
@@ -61,30 +65,29 @@ class FastVisionModel(FastModule, LlavaOnevision1_5VisionModel):
         return layer_norm(hidden_states, norm.weight, norm.bias, norm.eps, backend=backend)
 
     def encode(self, hidden_states: torch.Tensor, layout: VisionLayout, **kwargs: Any) -> torch.Tensor:
-        if torch.compiler.is_compiling():
-            return super().encode(hidden_states, layout, **kwargs)
-
         def guard() -> str | None:
             reason = _ask(self, encode_facts).guard
             return reason or call_guard(self, hidden_states, self.blocks[0].norm1.weight, kwargs)
 
+        if torch.compiler.is_compiling() and not _compiles(self, guard):
+            return super().encode(hidden_states, layout, **kwargs)
         way = _way(self, "encode", guard)
         if not isinstance(way, Runtime):
             return way(self, hidden_states, layout, **kwargs)
-        replayed = _replay(self, way, _ask(self, encode_facts), hidden_states, layout)
-        if replayed is not None:
-            return replayed
+        if way.can_capture(hidden_states.device):
+            replayed = _replay(self, way, _ask(self, encode_facts), hidden_states, layout)
+            if replayed is not None:
+                return replayed
         backend = _start(way, "encode", hidden_states.device)
         sizes = layout.position_ids, layout.cu_seqlens, layout.max_seqlen
         return with_room(functools.partial(run_blocks, self, hidden_states, *sizes, backend))
 
     def merge_patches(self, hidden_states: torch.Tensor, layout: VisionLayout) -> tuple[torch.Tensor, torch.Tensor]:
-        if torch.compiler.is_compiling():
-            return super().merge_patches(hidden_states, layout)
-
         def guard() -> str | None:
             return _ask(self, merge_guard) or call_guard(self, hidden_states, self.merger.ln_q.weight, {})
 
+        if torch.compiler.is_compiling() and not _compiles(self, guard):
+            return super().merge_patches(hidden_states, layout)
         way = _way(self, "merge_patches", guard)
         if not isinstance(way, Runtime):
             return way(self, hidden_states, layout)
@@ -96,13 +99,20 @@ class FastVisionModel(FastModule, LlavaOnevision1_5VisionModel):
 
 
 def _ask(module: nn.Module, guard: Any) -> Any:
-    """Once in a request; a method that is called by itself is none."""
-    request = current(module)
+    """Once in a request; a method that is called by itself, or compiled, is none."""
+    request = None if torch.compiler.is_compiling() else current(module)
     return guard(module) if request is None else request.ask(guard, module)
+
+
+def _compiles(module: nn.Module, guard: Any) -> bool:
+    """Whether torch.compile may capture the kernels: nothing is counted there, and a user's class is not looked into."""
+    return type(module) is FastVisionModel and runtime_of(module) is not None and guard() is None
 
 
 def _way(module: nn.Module, name: str, guard: Any) -> Any:
     """The runtime where the kernels run, or the original method; that it ran instead is counted."""
+    if torch.compiler.is_compiling():  # see `_compiles`
+        return runtime_of(module)
     method, runtime = original(FastVisionModel, module, name), runtime_of(module)
     if runtime is None:
         return method
@@ -124,7 +134,7 @@ def _replay(
 ) -> torch.Tensor | None:
     """The blocks by a CUDA graph, where the host would take longer to launch them than the device to run them."""
     device = hidden_states.device
-    if len(hidden_states) > limits.VISION_GRAPH_ROWS or not runtime.can_capture(device) or facts.fingerprint is None:
+    if len(hidden_states) > limits.VISION_GRAPH_ROWS or facts.fingerprint is None:
         return None
     backend = runtime.backend_on(device)
     if backend == "torch" and device.type == "cuda":  # its attention reads lengths back from the device

@@ -20,6 +20,10 @@ def compiled(function):
     return torch.compile(function, fullgraph=True, backend=counter), counter
 
 
+def kernels_in(counter):
+    return any("llava15" in str(node.target) for graph in counter.graphs for node in graph.graph.nodes)
+
+
 def test_text_model_compiles_to_one_graph(patched, device):
     text = patched.model.language_model
 
@@ -32,6 +36,7 @@ def test_text_model_compiles_to_one_graph(patched, device):
             embeds = torch.randn(2, length, 48, device=device)
             torch.testing.assert_close(fast(embeds), forward(embeds))
     assert counter.frame_count <= 2
+    assert kernels_in(counter) == (patched.model.language_model._llava15_runtime.backend == "triton")
 
 
 def test_vision_tower_compiles_to_one_graph(patched, device):
@@ -49,6 +54,7 @@ def test_vision_tower_compiles_to_one_graph(patched, device):
             grid = torch.tensor([[1, h, w], [1, 2, w]], device=device)
             assert torch.equal(forward(pixels, layout), visual(pixels, grid_thw=grid).pooler_output)
     assert counter.frame_count <= 2
+    assert kernels_in(counter) == (visual._llava15_runtime.backend == "triton")
 
 
 def test_a_users_own_compile_of_the_whole_model(patched, golden):
