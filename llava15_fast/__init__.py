@@ -17,6 +17,7 @@ from pathlib import Path
 
 import llava15_kernels
 
+from .model import modeling
 from .model.configuration import LlavaOnevision1_5Config, LlavaOnevision1_5TextConfig, LlavaOnevision1_5VisionConfig
 from .model.modeling import LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model, LlavaOnevision1_5VisionModel
 from .model.processing import LlavaOnevision1_5Processor
@@ -59,6 +60,7 @@ __all__ = [
     "Verification",
     "disable",
     "enable",
+    "modeling",
     "patch",
     "patched",
     "unpatch",
