@@ -2,7 +2,7 @@
 # make test    the tests
 # make test-oldest, make test-newest
 #              the same on the oldest and the newest triton and transformers that are declared, each in an environment of its own
-# make test-oldest TESTS="tests/fast/test_drift.py"
+# make test-oldest TESTS="tests/test_drift.py"
 #              only these
 # make test-next
 #              the same on releases beyond what is declared
@@ -59,7 +59,7 @@ test-next:
 
 test-others:
 	$(MAKE) test VENV=.venv-others PINS='$(OTHERS)' ALONE='$(OTHERS_ALONE)' \
-		TESTS="tests/fast/test_lmms_eval.py tests/fast/test_peft.py tests/fast/test_interference.py tests/fast/test_environment.py"
+		TESTS="tests/patching/test_lmms_eval.py tests/patching/test_peft.py tests/patching/test_interference.py tests/tools/test_environment.py"
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -36,7 +36,7 @@ def test_text_model_compiles_to_one_graph(patched, device):
             embeds = torch.randn(2, length, 48, device=device)
             torch.testing.assert_close(fast(embeds), forward(embeds))
     assert counter.frame_count <= 2
-    assert kernels_in(counter) == (patched.model.language_model._llava15_runtime.backend == "triton")
+    assert kernels_in(counter), "not the original"
 
 
 def test_vision_tower_compiles_to_one_graph(patched, device):
@@ -54,7 +54,7 @@ def test_vision_tower_compiles_to_one_graph(patched, device):
             grid = torch.tensor([[1, h, w], [1, 2, w]], device=device)
             assert torch.equal(forward(pixels, layout), visual(pixels, grid_thw=grid).pooler_output)
     assert counter.frame_count <= 2
-    assert kernels_in(counter) == (visual._llava15_runtime.backend == "triton")
+    assert kernels_in(counter), "not the original"
 
 
 def test_a_users_own_compile_of_the_whole_model(patched, golden):

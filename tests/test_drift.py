@@ -24,7 +24,7 @@ from llava15_fast.fast.guards import has_hooks, inside
 from llava15_fast.model.releases import CACHE
 from llava15_fast.patching.targets import TARGETS, PatchError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 SYMBOLS = (
     "accelerate.hooks.add_hook_to_module",
