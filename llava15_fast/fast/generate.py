@@ -16,6 +16,7 @@ import functools
 import inspect
 import math
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,31 +33,16 @@ from .runtime import FAST, FastModule, original, runtime_of, stands_for
 
 METHOD = "generate"
 
-PURE_PROCESSORS = frozenset(
-    getattr(logits_process, name)
-    for name in (
-        "EpsilonLogitsWarper",
-        "EtaLogitsWarper",
-        "ExponentialDecayLengthPenalty",
-        "ForcedBOSTokenLogitsProcessor",
-        "ForcedEOSTokenLogitsProcessor",
-        "InfNanRemoveLogitsProcessor",
-        "LogitNormalization",
-        "MinLengthLogitsProcessor",
-        "MinNewTokensLengthLogitsProcessor",
-        "MinPLogitsWarper",
-        "NoBadWordsLogitsProcessor",
-        "NoRepeatNGramLogitsProcessor",
-        "RepetitionPenaltyLogitsProcessor",
-        "SequenceBiasLogitsProcessor",
-        "SuppressTokensAtBeginLogitsProcessor",
-        "SuppressTokensLogitsProcessor",
-        "TemperatureLogitsWarper",
-        "TopKLogitsWarper",
-        "TopPLogitsWarper",
-        "TypicalLogitsWarper",
-    )
-)
+Output = torch.Tensor | GenerateDecoderOnlyOutput
+
+_PURE = """
+    EpsilonLogitsWarper EtaLogitsWarper ExponentialDecayLengthPenalty ForcedBOSTokenLogitsProcessor
+    ForcedEOSTokenLogitsProcessor InfNanRemoveLogitsProcessor LogitNormalization MinLengthLogitsProcessor
+    MinNewTokensLengthLogitsProcessor MinPLogitsWarper NoBadWordsLogitsProcessor NoRepeatNGramLogitsProcessor
+    RepetitionPenaltyLogitsProcessor SequenceBiasLogitsProcessor SuppressTokensAtBeginLogitsProcessor
+    SuppressTokensLogitsProcessor TemperatureLogitsWarper TopKLogitsWarper TopPLogitsWarper TypicalLogitsWarper
+"""
+PURE_PROCESSORS = frozenset(getattr(logits_process, name) for name in _PURE.split())
 """Processors that remember nothing: a call for a token beyond the end has no effect."""
 
 
@@ -64,15 +50,13 @@ PURE_PROCESSORS = frozenset(
 class FastModel(FastModule, LlavaOnevision1_5Model):
     @functools.wraps(LlavaOnevision1_5Model.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(*args, **kwargs) if torch.compiler.is_compiling() else _as_request(FastModel, self, args, kwargs)
+        return _as_request(FastModel, self, args, kwargs)
 
 
 @stands_for(LlavaOnevision1_5ForConditionalGeneration)
 class FastForConditionalGeneration(FastModule, LlavaOnevision1_5ForConditionalGeneration):
     @functools.wraps(LlavaOnevision1_5ForConditionalGeneration.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return super().forward(*args, **kwargs)
         return _as_request(FastForConditionalGeneration, self, args, kwargs)
 
     @functools.wraps(LlavaOnevision1_5ForConditionalGeneration.generate)
@@ -100,34 +84,24 @@ class FastForConditionalGeneration(FastModule, LlavaOnevision1_5ForConditionalGe
         return prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _sample(
-        self,
-        input_ids: torch.Tensor,
-        logits_processor: logits_process.LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        self, input_ids: torch.Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: GenerationConfig,
+        synced_gpus: bool = False, streamer: Any = None, **model_kwargs: Any,
+    ) -> Output:  # fmt: skip
         """transformers' arguments and results."""
         if (request := current(self)) is not None:
             request.loop_began = True
-        reason, runtime = None, runtime_of(self)
-        if streamer is not None:
-            reason = "a streamer is given"
-        elif synced_gpus:
-            reason = "several processes generate together"
-        reason = reason or _methods_guard(self)
-        reason = reason or _loop_guard(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+        asked = Asked(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+        reason = "a streamer is given" if streamer is not None else None
+        reason = reason or ("several processes generate together" if synced_gpus else None)
+        reason, runtime = reason or _methods_guard(self) or asked.guard(), runtime_of(self)
         if runtime is not None and reason is None:
             runtime.record.run(METHOD, runtime.backend_on(input_ids.device))
-            return decode(self, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+            return decode(self, asked)
         if runtime is not None:
             runtime.record.fall_back(METHOD, reason)
         sample = original(FastForConditionalGeneration, self, "_sample")
-        return sample(
-            self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
-        )
+        settings = logits_processor, stopping_criteria, generation_config, synced_gpus, streamer
+        return sample(self, input_ids, *settings, **model_kwargs)
 
 
 PARAMETERS = {
@@ -138,9 +112,11 @@ PARAMETERS = {
 def _as_request(patched: type, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The forward, as a part of the request that it belongs to, or as one of its own."""
     forward = original(patched, module, "forward")
-    given = {**dict(zip(PARAMETERS[patched], args, strict=False)), **kwargs} if args else kwargs
-    cache = given.get("cache")
-    if current(module, given.get("past_key_values") if cache is None else cache) is not None:
+    if torch.compiler.is_compiling():
+        return forward(module, *args, **kwargs)
+    given = {**dict(zip(PARAMETERS[patched], args, strict=False)), **kwargs}
+    cache = given.get("past_key_values") if given.get("cache") is None else given["cache"]
+    if current(module, cache) is not None:
         return forward(module, *args, **kwargs)
     with opened(Request(module, mask=given.get("attention_mask"), reads_padding=given.get("labels") is not None)):
         return forward(module, *args, **kwargs)
@@ -156,24 +132,51 @@ def _roots_guard(model: FastForConditionalGeneration) -> str | None:
     return roots_guard((module, cls, original(FAST[cls], module, "forward")) for module, cls in chain if module is not None)
 
 
-def decode(
-    model: FastForConditionalGeneration,
-    input_ids: torch.Tensor,
-    processors: logits_process.LogitsProcessorList,
-    criteria: StoppingCriteriaList,
-    config: GenerationConfig,
-    model_kwargs: dict[str, Any],
-) -> torch.Tensor | GenerateDecoderOnlyOutput:
+@dataclass
+class Asked:
+    """What transformers' loops are given: the prompts' ids (B, L), and how to go on."""
+
+    input_ids: torch.Tensor
+    processors: logits_process.LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+    model_kwargs: dict[str, Any]
+
+    def guard(self) -> str | None:
+        """Why transformers' own loop has to run, as far as this call says."""
+        mode, cache = self.config.get_generation_mode(), self.model_kwargs.get(CACHE)
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            return f"the mode is {mode}"
+        if self.input_ids.ndim != 2:
+            return "the ids are not one row per prompt"
+        for processor in self.processors:
+            if type(processor) not in PURE_PROCESSORS:
+                return f"the logits processor {type(processor).__name__} may remember what it saw"
+        for criterion in self.criteria:
+            if type(criterion) not in (EosTokenCriteria, MaxLengthCriteria):
+                return f"the stopping criterion {type(criterion).__name__} has to see every token"
+        if self.criteria.max_length is None:
+            return "there is no maximum length"
+        if self.config.output_attentions or self.config.output_hidden_states:
+            return "attentions or hidden states are asked for"
+        if not self.model_kwargs.get("use_cache"):
+            return "use_cache is off"
+        if cache is not None and (cache.is_compileable or not cache.is_croppable):
+            return f"the cache is a {type(cache).__name__} that cannot be cropped"
+        return None
+
+
+def decode(model: FastForConditionalGeneration, asked: Asked) -> Output:
     """The loop."""
-    answer = Answer(input_ids, processors, criteria, config)
-    inputs = Inputs(model, model_kwargs)
+    answer, kwargs, config = Answer(asked), asked.model_kwargs, asked.config
+    inputs = Inputs(model, kwargs)
     # An assistant is asked again and again, behind the cache that it keeps.
-    outputs = model._prefill(input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant)
+    outputs = model._prefill(asked.input_ids, config, kwargs, is_first_iteration=not config.is_assistant)
     while not answer.append(answer.choose(outputs.logits[:, -1])):
         step = inputs.next(answer.ids, outputs)
         del outputs
         outputs = model(**step, return_dict=True)
-    cache = model_kwargs.get(CACHE, getattr(outputs, CACHE))
+    cache = kwargs.get(CACHE, getattr(outputs, CACHE))
     if (surplus := answer.cut()) and cache is not None:
         cache.crop(-surplus)
     return answer.result(cache)
@@ -182,14 +185,9 @@ def decode(
 class Answer:
     """The tokens of all prompts, as they are chosen."""
 
-    def __init__(
-        self,
-        input_ids: torch.Tensor,
-        processors: logits_process.LogitsProcessorList,
-        criteria: StoppingCriteriaList,
-        config: GenerationConfig,
-    ) -> None:
-        self.device, self.processors, self.config = input_ids.device, processors, config
+    def __init__(self, asked: Asked) -> None:
+        input_ids, config, criteria = asked.input_ids, asked.config, asked.criteria
+        self.device, self.processors, self.config = input_ids.device, asked.processors, config
         batch, self.prompt_length = input_ids.shape
         self.length = self.prompt_length
         lengths = [criterion.max_length for criterion in criteria if isinstance(criterion, MaxLengthCriteria)]
@@ -243,7 +241,7 @@ class Answer:
         surplus, self.length = self.length - needed, needed
         return surplus
 
-    def result(self, cache: Any) -> torch.Tensor | GenerateDecoderOnlyOutput:
+    def result(self, cache: Any) -> Output:
         sequences, needed = self.ids.clone(), self.length - self.prompt_length
         if not self.config.return_dict_in_generate:
             return sequences
@@ -294,36 +292,6 @@ def draw(probabilities: torch.Tensor) -> torch.Tensor:
     """
     torch._assert_async((probabilities.sum(-1) > 0).all(), "probabilities are not numbers, or all are 0")
     return (probabilities / torch.empty_like(probabilities).exponential_(1.0)).argmax(-1)
-
-
-def _loop_guard(
-    input_ids: torch.Tensor,
-    processors: logits_process.LogitsProcessorList,
-    criteria: StoppingCriteriaList,
-    config: GenerationConfig,
-    model_kwargs: dict[str, Any],
-) -> str | None:
-    """Why transformers' own loop has to run, as far as this call says."""
-    if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        return f"the mode is {config.get_generation_mode()}"
-    if input_ids.ndim != 2:
-        return "the ids are not one row per prompt"
-    for processor in processors:
-        if type(processor) not in PURE_PROCESSORS:
-            return f"the logits processor {type(processor).__name__} may remember what it saw"
-    for criterion in criteria:
-        if type(criterion) not in (EosTokenCriteria, MaxLengthCriteria):
-            return f"the stopping criterion {type(criterion).__name__} has to see every token"
-    if criteria.max_length is None:
-        return "there is no maximum length"
-    if config.output_attentions or config.output_hidden_states:
-        return "attentions or hidden states are asked for"
-    if not model_kwargs.get("use_cache"):
-        return "use_cache is off"
-    cache = model_kwargs.get(CACHE)
-    if cache is not None and (cache.is_compileable or not cache.is_croppable):
-        return f"the cache is a {type(cache).__name__} that cannot be cropped"
-    return None
 
 
 class _StopWatch:

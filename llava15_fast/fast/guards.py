@@ -35,60 +35,65 @@ from ..model.releases import CACHE
 
 
 class Part(NamedTuple):
-    """A module, or many of a kind, whose work fused code does without calling them.
+    """A module whose work fused code does without calling it.
 
     Attributes:
         path: below the module that has the fused code, `*` for every child.
         module_class: what it has to be, with the forward of that class.
         parameters: names of the parameters of that forward.
+        size: the name of its weight's only dimension, if it is a norm.
+        numbers: attributes that are numbers, which a captured graph fixes.
     """
 
     path: str
     module_class: type[nn.Module]
-    parameters: tuple[str, ...]
+    parameters: str
+    size: str = ""
+    numbers: tuple[str, ...] = ()
 
 
+def _rms_norm(path: str, size: str) -> Part:
+    return Part(path, qwen3.Qwen3RMSNorm, "hidden_states", size, ("variance_epsilon",))
+
+
+def _layer_norm(path: str) -> Part:
+    return Part(path, nn.LayerNorm, "input", "width", ("eps",))
+
+
+LAYER = f"hidden_states attention_mask position_ids {CACHE} use_cache position_embeddings kwargs"
+ATTENTION = f"hidden_states position_embeddings attention_mask {CACHE} kwargs"
 TEXT_PARTS = (
-    Part("norm", qwen3.Qwen3RMSNorm, ("hidden_states",)),
-    Part("rotary_emb", qwen3.Qwen3RotaryEmbedding, ("x", "position_ids")),
-    Part(
-        "layers.*",
-        qwen3.Qwen3DecoderLayer,
-        ("hidden_states", "attention_mask", "position_ids", CACHE, "use_cache", "position_embeddings", "kwargs"),
-    ),
-    Part("layers.*.input_layernorm", qwen3.Qwen3RMSNorm, ("hidden_states",)),
-    Part("layers.*.post_attention_layernorm", qwen3.Qwen3RMSNorm, ("hidden_states",)),
-    Part(
-        "layers.*.self_attn",
-        qwen3.Qwen3Attention,
-        ("hidden_states", "position_embeddings", "attention_mask", CACHE, "kwargs"),
-    ),
-    Part("layers.*.self_attn.q_norm", qwen3.Qwen3RMSNorm, ("hidden_states",)),
-    Part("layers.*.self_attn.k_norm", qwen3.Qwen3RMSNorm, ("hidden_states",)),
-    Part("layers.*.mlp", qwen3.Qwen3MLP, ("x",)),
+    _rms_norm("norm", "width"),
+    Part("rotary_emb", qwen3.Qwen3RotaryEmbedding, "x position_ids", "", ("attention_scaling",)),
+    Part("layers.*", qwen3.Qwen3DecoderLayer, LAYER),
+    _rms_norm("layers.*.input_layernorm", "width"),
+    _rms_norm("layers.*.post_attention_layernorm", "width"),
+    Part("layers.*.self_attn", qwen3.Qwen3Attention, ATTENTION, "", ("scaling",)),
+    _rms_norm("layers.*.self_attn.q_norm", "head_dim"),
+    _rms_norm("layers.*.self_attn.k_norm", "head_dim"),
+    Part("layers.*.mlp", qwen3.Qwen3MLP, "x"),
 )
 EMBED_PARTS = (
-    Part("patch_embed", modeling.LlavaOnevision1_5VisionPatchEmbed, ("pixel_values",)),
-    Part("patch_embed.proj", nn.Conv2d, ("input",)),
-    Part("pre_layernorm", nn.LayerNorm, ("input",)),
+    Part("patch_embed", modeling.LlavaOnevision1_5VisionPatchEmbed, "pixel_values"),
+    Part("patch_embed.proj", nn.Conv2d, "input"),
+    _layer_norm("pre_layernorm"),
 )
+BLOCK_ATTENTION = "hidden_states layout position_embeddings kwargs"
 ENCODE_PARTS = (
-    Part("rotary_pos_emb", modeling.LlavaOnevision1_5VisionRotaryEmbedding, ("position_ids", "class_pos_emb")),
-    Part("blocks.*", modeling.LlavaOnevision1_5VisionBlock, ("hidden_states", "args", "kwargs")),
-    Part("blocks.*.norm1", nn.LayerNorm, ("input",)),
-    Part("blocks.*.norm2", nn.LayerNorm, ("input",)),
-    Part(
-        "blocks.*.attn",
-        modeling.LlavaOnevision1_5VisionAttention,
-        ("hidden_states", "layout", "position_embeddings", "kwargs"),
-    ),
-    Part("blocks.*.mlp", modeling.LlavaOnevision1_5VisionMLP, ("hidden_states",)),
+    Part("rotary_pos_emb", modeling.LlavaOnevision1_5VisionRotaryEmbedding, "position_ids class_pos_emb"),
+    Part("blocks.*", modeling.LlavaOnevision1_5VisionBlock, "hidden_states args kwargs"),
+    _layer_norm("blocks.*.norm1"),
+    _layer_norm("blocks.*.norm2"),
+    Part("blocks.*.attn", modeling.LlavaOnevision1_5VisionAttention, BLOCK_ATTENTION, "", ("scaling",)),
+    Part("blocks.*.mlp", modeling.LlavaOnevision1_5VisionMLP, "hidden_states"),
 )
-MERGE_PARTS = (
-    Part("merger", modeling.LlavaOnevision1_5VisionPatchMerger, ("hidden_states",)),
-    Part("merger.ln_q", nn.LayerNorm, ("input",)),
-)
+MERGE_PARTS = (Part("merger", modeling.LlavaOnevision1_5VisionPatchMerger, "hidden_states"), _layer_norm("merger.ln_q"))
 """Parents before their children."""
+
+_QKV = {"self_attn.q_proj": "q width", "self_attn.k_proj": "kv width", "self_attn.v_proj": "kv width"}
+_MLP = {"mlp.gate_proj": "inner width", "mlp.up_proj": "inner width", "mlp.down_proj": "width inner"}
+TEXT_LINEARS = {**_QKV, "self_attn.o_proj": "width q", **_MLP}
+BLOCK_LINEARS = {"attn.qkv": "qkv width", "attn.proj": "width width", "mlp.fc1": "inner width", "mlp.fc2": "width inner"}
 
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
 GELU = (nn.GELU, type(ACT2FN["gelu"]))
@@ -105,18 +110,12 @@ OPTIONS = ("output_attentions", "output_hidden_states", "return_dict", "is_causa
 
 # What was seen at import
 
-
-class Seen(NamedTuple):
-    """`owner`'s attribute `name` was `value`; None if it was somebody else's by then already."""
-
-    owner: Any
-    name: str
-    value: Any
-
-
 _TRUSTED = tuple(
     str(Path(sys.modules[name].__file__).parent) for name in ("torch", "transformers", "llava15_kernels", "llava15_fast")
 )
+
+Seen = tuple[Any, str, Any]
+"""An owner's attribute, by its name, and its value; None if it was somebody else's by then already."""
 
 
 def _is_theirs(function: Any) -> bool:
@@ -127,46 +126,42 @@ def _is_theirs(function: Any) -> bool:
     return code is None or code.co_filename.startswith(_TRUSTED)
 
 
-def _seen(owner: Any, name: str) -> Seen:
-    value = getattr(owner, name)
-    return Seen(owner, name, value if _is_theirs(value) else None)
+def _seen(owner: Any, *names: str) -> list[Seen]:
+    values = [(name, getattr(owner, name)) for name in names if hasattr(owner, name)]
+    return [(owner, name, value if _is_theirs(value) else None) for name, value in values]
 
 
 def _methods(*classes: type) -> list[Seen]:
     """Of the classes and of what they inherit from, up to `nn.Module`, of which only what a call passes through."""
     found = []
-    for cls in classes:
+    for cls in dict.fromkeys(classes):
         owners = [owner for owner in cls.__mro__ if owner not in (object, nn.Module)]
         names = dict.fromkeys(name for owner in owners for name in vars(owner) if isinstance(getattr(cls, name), FunctionType))
-        found += [_seen(cls, name) for name in names]
-        if issubclass(cls, nn.Module):
-            found += [_seen(cls, name) for name in ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")]
+        called = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__") if issubclass(cls, nn.Module) else ()
+        found += _seen(cls, *names, *called)
     return found
 
 
-def _classes(parts: Iterable[Part]) -> set[type]:
-    return {part.module_class for part in parts}
+def _classes(parts: Iterable[Part]) -> list[type]:
+    return [part.module_class for part in parts]
 
 
-def _functions(owner: Any, *names: str) -> list[Seen]:
-    return [_seen(owner, name) for name in names if name in vars(owner)]
-
-
-_ATTENTION_NAMES = ("eager_attention_forward", "ALL_ATTENTION_FUNCTIONS")
+_ATTENTION = ("eager_attention_forward", "ALL_ATTENTION_FUNCTIONS")
+_PRODUCTS = ("linear", "softmax", "scaled_dot_product_attention")
+_MASKS = ("create_causal_mask", "create_sliding_window_causal_mask")
 WATCHED = {
     "text": _methods(*_classes(TEXT_PARTS), *SILU)
-    + _functions(qwen3, "apply_rotary_pos_emb", "rotate_half", "repeat_kv", *_ATTENTION_NAMES)
-    + _functions(qwen3, "create_causal_mask", "create_sliding_window_causal_mask")
-    + _functions(nn.functional, "linear", "silu", "softmax", "scaled_dot_product_attention"),
-    "embed": _methods(*_classes(EMBED_PARTS)) + _functions(nn.functional, "linear", "conv2d", "layer_norm"),
+    + _seen(qwen3, "apply_rotary_pos_emb", "rotate_half", "repeat_kv", *_ATTENTION, *_MASKS)
+    + _seen(nn.functional, "silu", *_PRODUCTS),
+    "embed": _methods(*_classes(EMBED_PARTS)) + _seen(nn.functional, "linear", "conv2d", "layer_norm"),
     "encode": _methods(*_classes(ENCODE_PARTS), *GELU)
-    + _functions(modeling, "apply_rope_tables", "vision_rope_tables", *_ATTENTION_NAMES)
-    + _functions(nn.functional, "linear", "gelu", "layer_norm", "softmax", "scaled_dot_product_attention"),
-    "merge": _methods(*_classes(MERGE_PARTS)) + _functions(nn.functional, "layer_norm"),
+    + _seen(modeling, "apply_rope_tables", "vision_rope_tables", *_ATTENTION)
+    + _seen(nn.functional, "gelu", "layer_norm", *_PRODUCTS),
+    "merge": _methods(*_classes(MERGE_PARTS)) + _seen(nn.functional, "layer_norm"),
     "cache": _methods(DynamicCache, Cache, DynamicLayer, CacheLayerMixin),
     "linear": _methods(nn.Linear),
 }
-CACHE_METHODS = frozenset(seen.name for seen in WATCHED["cache"])
+CACHE_METHODS = frozenset(name for _, name, _ in WATCHED["cache"])
 
 LOOP = {
     name: getattr(Head, name)
@@ -198,25 +193,25 @@ def replaced(group: str) -> str | None:
 # Modules
 
 
-def walk(root: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+def walk(root: nn.Module, path: str, done: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The modules that `path` means, each with its own path.
 
     Raises:
         LookupError: a name on the way is missing; the message says where.
     """
-
-    def below(module: nn.Module, done: str, names: list[str]) -> Iterator[tuple[str, nn.Module]]:
-        if not names:
-            yield done, module
-        elif names[0] == "*":
-            for index, child in module.named_children():
-                yield from below(child, f"{done}.{index}", names[1:])
-        elif (child := getattr(module, names[0], None)) is not None:
-            yield from below(child, f"{done}.{names[0]}".lstrip("."), names[1:])
+    name, _, rest = path.partition(".")
+    if name == "*":
+        children = list(root.named_children())
+    elif (child := getattr(root, name, None)) is not None:
+        children = [(name, child)]
+    else:
+        raise LookupError(f"{done or type(root).__name__} has no {name!r}")
+    for name, child in children:
+        path = f"{done}.{name}" if done else name
+        if rest:
+            yield from walk(child, rest, path)
         else:
-            raise LookupError(f"{done or type(module).__name__} has no {names[0]!r}")
-
-    return below(root, "", path.split(".") if path else [])
+            yield path, child
 
 
 WRAPPED = ("base_layer", "original_module")
@@ -259,6 +254,14 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether `layer` computes nothing but a product with its weight, and its bias, and nobody listens to it."""
+    if type(layer) is not nn.Linear or has_hooks(layer) or "forward" in vars(layer):
+        return False
+    # A quantised weight is a tensor of another class in a parameter; a replica of DataParallel has tensors.
+    return type(layer.weight) in (nn.Parameter, torch.Tensor) or is_fake(layer.weight)
+
+
 def _module_guard(path: str, module: nn.Module, module_class: type[nn.Module]) -> str | None:
     if type(module) is not module_class:
         if inside(module) is not module:
@@ -272,20 +275,6 @@ def _module_guard(path: str, module: nn.Module, module_class: type[nn.Module]) -
     return f"{path}.forward was replaced" if is_replaced(module) else None
 
 
-def parts_guard(root: nn.Module, parts: Iterable[Part], group: str) -> str | None:
-    """A part that someone listens to, has adapted, or put something else in the place of."""
-    if reason := replaced(group):
-        return reason
-    try:
-        for part in parts:
-            for path, module in walk(root, part.path):
-                if reason := _module_guard(path, module, part.module_class):
-                    return reason
-    except LookupError as error:
-        return str(error)
-    return None
-
-
 def _activation_guard(module: nn.Module, classes: Container[type[nn.Module]]) -> str | None:
     """The same for an activation, which a configuration chooses."""
     if has_hooks(module):
@@ -295,38 +284,32 @@ def _activation_guard(module: nn.Module, classes: Container[type[nn.Module]]) ->
     return None
 
 
-def _weight_guard(path: str, module: nn.Module, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> str | None:
-    """Weights that are there, of the dtype that all have and of the shapes that the configuration says."""
-    for name, shape in shapes.items():
-        weight = getattr(module, name, None)
-        found = None if weight is None else (tuple(weight.shape), weight.dtype)
-        if found != (shape, dtype):
-            return f"{path}.{name} is {found and found[1]} {found and found[0]}, expected {dtype} {shape}"
-    return None
+class Table(NamedTuple):
+    """What one part of the model has to be.
 
+    Attributes:
+        name: of the part, and of the functions in `WATCHED`.
+        parts: that fused code passes over; parents before their children.
+        sizes: a module -> what the names of dimensions mean; those that are not given have to be equal inside a layer.
+        guard: looks at a module's settings.
+        blocks: where the layers are.
+        linears: in each, path -> dimensions of what is called, and so may be adapted.
+        block_guard: looks at the settings of each.
+        extra: tensors that are read and no layer's.
+    """
 
-def _linear_guard(path: str, layer: nn.Module, shape: tuple[int, int], dtype: torch.dtype) -> str | None:
-    """Of a linear layer only the shape is asked: it is called as it is, unless it is `is_plain`."""
-    if is_plain(layer):
-        return _weight_guard(path, layer, {"weight": shape}, dtype)
-    width = getattr(inside(layer), "out_features", shape[0])
-    return None if width == shape[0] else f"{path} has {width} outputs, expected {shape[0]}"
-
-
-def is_plain(layer: nn.Module) -> bool:
-    """Whether `layer` computes nothing but a product with its weight, and its bias, and nobody listens to it."""
-    if type(layer) is not nn.Linear or has_hooks(layer) or "forward" in vars(layer):
-        return False
-    # A quantised weight is a tensor of another class in a parameter; a replica of DataParallel has tensors.
-    return type(layer.weight) in (nn.Parameter, torch.Tensor) or is_fake(layer.weight)
-
-
-def _numbers_of(norms: Iterable[nn.Module], attribute: str) -> tuple[float, ...]:
-    return tuple(getattr(norm, attribute) for norm in norms)
+    name: str
+    parts: tuple[Part, ...]
+    sizes: Callable[[Any], dict[str, int]]
+    guard: Callable[[Any], str | None] = lambda module: None
+    blocks: str = ""
+    linears: dict[str, str] = {}
+    block_guard: Callable[[Any, Any], str | None] = lambda block, config: None
+    extra: tuple[str, ...] = ()
 
 
 class Facts:
-    """What the guards found in a model's part when a request began.
+    """What the guards found in a part of the model when a request began.
 
     Attributes:
         guard: why the original has to run, or None.
@@ -334,70 +317,97 @@ class Facts:
         row_by_row: whether all of them, adapters included, compute the same for a row wherever it stands.
     """
 
-    def __init__(self, module: nn.Module, guard: str | None, linears: Iterable[nn.Module] = (), reads: Any = None) -> None:
-        self.guard = guard
-        linears = [] if guard else list(linears)
-        self.plain = all(map(is_plain, linears))
+    def __init__(self, table: Table, module: nn.Module) -> None:
+        self.weight: torch.Tensor | None = None  # the first one, whose dtype all have
+        self.plain = self.row_by_row = True
+        self._tensors: list[torch.Tensor] = []
+        self._numbers: list[float] = []
+        try:
+            self.guard = context_guard() or replaced(table.name) or self._look_at(table, module)
+        except LookupError as error:
+            self.guard = str(error)
+
+    def _look_at(self, table: Table, module: nn.Module) -> str | None:
+        sizes = table.sizes(module)
+        for part in table.parts:
+            for path, child in walk(module, part.path):
+                if reason := _module_guard(path, child, part.module_class) or self._norm_guard(path, child, part, sizes):
+                    return reason
+                self._numbers += [getattr(child, name) for name in part.numbers]
+        if reason := table.guard(module):
+            return reason
+        blocks = getattr(module, table.blocks) if table.blocks else ()
+        for block in blocks:
+            if reason := table.block_guard(block, module.config) or self._linears_guard(block, table.linears, dict(sizes)):
+                return reason
+        self._tensors += [tensor for path in table.extra for _, tensor in walk(module, path)]
+        self._numbers.append(len(blocks))
+        return None
+
+    def _norm_guard(self, path: str, norm: nn.Module, part: Part, sizes: dict[str, int]) -> str | None:
+        names = () if not part.size else ("weight", "bias") if part.module_class is nn.LayerNorm else ("weight",)
+        found = (self._weight_guard(f"{path}.{name}", getattr(norm, name), part.size, sizes) for name in names)
+        return next(filter(None, found), None)
+
+    def _linears_guard(self, block: nn.Module, linears: dict[str, str], sizes: dict[str, int]) -> str | None:
+        for path, dimensions in linears.items():
+            [(_, linear)] = walk(block, path)
+            if is_plain(linear):
+                reason = self._weight_guard(path, linear.weight, dimensions, sizes)
+                self._tensors += [] if linear.bias is None else [linear.bias]
+            else:
+                reason = self._adapted_guard(path, linear, sizes.get(dimensions.split()[0]))
+            if reason is not None:
+                return reason
+        return None
+
+    def _adapted_guard(self, path: str, linear: nn.Module, width: int | None) -> str | None:
+        """Only the width is asked: it is called as it is."""
+        self.plain = False
         # PEFT's adapters choose by the prompt, or by the place in it, through hooks.
-        heard = any(has_hooks(child) for part in linears if not is_plain(part) for child in part.modules())
-        self.row_by_row = not heard and all(isinstance(inside(part), nn.Linear) for part in linears)
-        self._reads = reads
+        heard = any(has_hooks(child) for child in linear.modules())
+        self.row_by_row &= not heard and isinstance(inside(linear), nn.Linear)
+        found = getattr(inside(linear), "out_features", width)
+        return None if width in (None, found) else f"{path} has {found} outputs, expected {width}"
+
+    def _weight_guard(self, path: str, weight: torch.Tensor | None, dimensions: str, sizes: dict[str, int]) -> str | None:
+        names = dimensions.split()
+        if weight is None or weight.ndim != len(names):
+            return f"{path} is {weight if weight is None else tuple(weight.shape)}, expected {tuple(names)}"
+        self.weight = weight if self.weight is None else self.weight
+        self._tensors.append(weight)
+        found, expected = tuple(weight.shape), tuple(map(sizes.setdefault, names, weight.shape))
+        same = (weight.dtype, found) == (self.weight.dtype, expected)
+        return None if same else f"{path} is {weight.dtype} {found}, expected {self.weight.dtype} {expected}"
 
     @cached_property
     def reads(self) -> list[torch.Tensor] | None:
         """The tensors that a captured graph would read; None if it could not know them."""
-        if self.guard or not self.plain or replaced("linear"):
-            return None
-        tensors, _ = self._reads()
-        return None if any(map(is_fake, tensors)) else tensors
+        known = self.guard is None and self.plain and not replaced("linear") and not any(map(is_fake, self._tensors))
+        return self._tensors if known else None
 
     @cached_property
     def fingerprint(self) -> tuple | None:
         """What a captured graph has fixed: where those tensors lie, and numbers."""
         if self.reads is None:
             return None
-        _, numbers = self._reads()
-        return (*((tensor.data_ptr(), tensor.stride(), tensor.dtype) for tensor in self.reads), *numbers)
+        return (*((tensor.data_ptr(), tensor.stride(), tensor.dtype) for tensor in self.reads), *self._numbers)
 
 
-def _parameters_of(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
-    found = [getattr(module, name, None) for module in modules for name in ("weight", "bias")]
-    return [tensor for tensor in found if tensor is not None]
-
-
-# The text model
-
-
-def linears_of(layer: nn.Module) -> list[nn.Module]:
-    attention, mlp = layer.self_attn, layer.mlp
-    return [*qkv_of(attention), attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+# The parts
 
 
 def qkv_of(attention: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
     return attention.q_proj, attention.k_proj, attention.v_proj
 
 
-def text_facts(module: nn.Module) -> Facts:
-    guard = context_guard() or parts_guard(module, TEXT_PARTS, "text") or _text_config_guard(module)
-    for layer in () if guard else module.layers:
-        if guard := _layer_guard(module, layer):
-            break
-
-    def reads() -> tuple[list[torch.Tensor], list[float]]:
-        layers = list(module.layers)
-        norms = [module.norm]
-        for layer in layers:
-            norms += [layer.input_layernorm, layer.post_attention_layernorm, layer.self_attn.q_norm, layer.self_attn.k_norm]
-        linears = [linear for layer in layers for linear in linears_of(layer)]
-        numbers = [*_numbers_of(norms, "variance_epsilon"), *(layer.self_attn.scaling for layer in layers)]
-        numbers += [module.rotary_emb.attention_scaling, module.config.num_hidden_layers]
-        return [module.rotary_emb.inv_freq, *_parameters_of([*norms, *linears])], numbers
-
-    linears = () if guard else [linear for layer in module.layers for linear in linears_of(layer)]
-    return Facts(module, guard, linears, reads)
+def _text_sizes(module: nn.Module) -> dict[str, int]:
+    config = module.config
+    heads = {"q": config.num_attention_heads * config.head_dim, "kv": config.num_key_value_heads * config.head_dim}
+    return {"width": config.hidden_size, "head_dim": config.head_dim, **heads}
 
 
-def _text_config_guard(module: nn.Module) -> str | None:
+def _text_guard(module: nn.Module) -> str | None:
     config, layers = module.config, list(module.layers)[: module.config.num_hidden_layers]
     if not layers:
         return "there are no layers"
@@ -413,112 +423,64 @@ def _text_config_guard(module: nn.Module) -> str | None:
     return attention_guard(config._attn_implementation, masked=True)
 
 
-def _layer_guard(module: nn.Module, layer: nn.Module) -> str | None:
-    attention, mlp, config, dtype = layer.self_attn, layer.mlp, module.config, module.norm.weight.dtype
-    if reason := _activation_guard(mlp.act_fn, SILU):
+def _layer_guard(layer: nn.Module, config: Any) -> str | None:
+    attention, head_dim = layer.self_attn, config.head_dim
+    if reason := _activation_guard(layer.mlp.act_fn, SILU) or _attention_guard(attention, config):
         return reason
-    if attention.config is not config:
-        return "a layer has a configuration of its own"
-    if attention.training and attention.attention_dropout:
-        return "attention dropout is on"
     if not attention.is_causal or getattr(attention, "sliding_window", None) is not None:
         return "the attention is not plainly causal"
     if attention.q_norm.variance_epsilon != attention.k_norm.variance_epsilon:
         return "no kernel for norms of queries and keys that differ in their epsilon"
-    width, head_dim = config.hidden_size, config.head_dim
-    q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    if attention.head_dim != head_dim or attention.num_key_value_groups * kv != q:
-        return "a layer's heads are not those of the configuration"
-    for name, shape in (("q_proj", (q, width)), ("k_proj", (kv, width)), ("v_proj", (kv, width)), ("o_proj", (width, q))):
-        if reason := _linear_guard(f"self_attn.{name}", getattr(attention, name), shape, dtype):
-            return reason
-    inner = tuple(mlp.gate_proj.weight.shape[:1]) if is_plain(mlp.gate_proj) else ()
-    for name, shape in (("gate_proj", (*inner, width)), ("up_proj", (*inner, width)), ("down_proj", (width, *inner))):
-        if inner and (reason := _linear_guard(f"mlp.{name}", getattr(mlp, name), shape, dtype)):
-            return reason
-    for norm, size in (
-        (layer.input_layernorm, width),
-        (layer.post_attention_layernorm, width),
-        (attention.q_norm, head_dim),
-        (attention.k_norm, head_dim),
-    ):
-        if reason := _weight_guard("a norm", norm, {"weight": (size,)}, dtype):
-            return reason
-    return None
+    heads = attention.head_dim, attention.num_key_value_groups * config.num_key_value_heads
+    return None if heads == (head_dim, config.num_attention_heads) else "a layer's heads are not those of the configuration"
 
 
-# The vision tower
-
-
-def embed_guard(module: nn.Module) -> str | None:
-    if reason := context_guard() or parts_guard(module, EMBED_PARTS, "embed"):
-        return reason
+def _embed_guard(module: nn.Module) -> str | None:
     proj = module.patch_embed.proj
-    settings = proj.padding, proj.dilation, proj.groups, proj.stride
-    if proj.bias is not None or settings != ((0, 0), (1, 1), 1, proj.kernel_size):
-        return "the patch embedding is no plain matrix product"
-    return _norm_guard("pre_layernorm", module.pre_layernorm, len(proj.weight), proj.weight.dtype)
+    settings = proj.padding, proj.dilation, proj.groups, proj.stride, len(proj.weight), proj.weight.dtype, proj.bias
+    plain = (0, 0), (1, 1), 1, proj.kernel_size, module.config.hidden_size, module.pre_layernorm.weight.dtype, None
+    return None if settings == plain else "the patch embedding is no plain matrix product"
 
 
-def merge_guard(module: nn.Module) -> str | None:
-    reason = context_guard() or parts_guard(module, MERGE_PARTS, "merge")
-    if reason:
+def _merge_guard(module: nn.Module) -> str | None:
+    merged = module.config.hidden_size * module.spatial_merge_size**2
+    return None if module.merger.merged_size == merged else "the merger's width is not the model's"
+
+
+def _encode_guard(module: nn.Module) -> str | None:
+    if not len(module.blocks):
+        return "there are no blocks"
+    return attention_guard(module.config._attn_implementation, masked=False)
+
+
+def _block_guard(block: nn.Module, config: Any) -> str | None:
+    attention = block.attn
+    if reason := _activation_guard(block.mlp.act, GELU) or _attention_guard(attention, config):
         return reason
-    norm, merged = module.merger.ln_q, module.merger.merged_size
-    width, rest = divmod(merged, module.spatial_merge_size**2)
-    weight = norm.weight
-    return "the merger's width is not the model's" if rest else _norm_guard(
-        "merger.ln_q", norm, width, torch.float32 if weight is None else weight.dtype
-    )  # fmt: skip
+    heads = attention.num_heads, attention.num_heads * attention.head_dim
+    return None if heads == (config.num_heads, config.hidden_size) else "a block's heads are not those of the configuration"
 
 
-def _norm_guard(path: str, norm: nn.LayerNorm, width: int, dtype: torch.dtype) -> str | None:
-    if norm.normalized_shape != (width,):
-        return f"{path} is over {norm.normalized_shape}, expected ({width},)"
-    return _weight_guard(path, norm, {"weight": (width,), "bias": (width,)}, dtype)
-
-
-def encode_facts(module: nn.Module) -> Facts:
-    guard = context_guard() or parts_guard(module, ENCODE_PARTS, "encode")
-    blocks = () if guard else list(module.blocks)
-    if not guard:
-        guard = None if blocks else "there are no blocks"
-        guard = guard or attention_guard(module.config._attn_implementation, masked=False)
-    for block in blocks:
-        if guard := guard or _block_guard(module, block):
-            break
-
-    def linears() -> list[nn.Module]:
-        return [linear for block in blocks for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)]
-
-    def reads() -> tuple[list[torch.Tensor], list[float]]:
-        norms = [norm for block in blocks for norm in (block.norm1, block.norm2)]
-        tensors = [module.class_pos_emb, module.rotary_pos_emb.inv_freq, *_parameters_of([*norms, *linears()])]
-        return tensors, [*_numbers_of(norms, "eps"), *(block.attn.scaling for block in blocks)]
-
-    return Facts(module, guard, () if guard else linears(), reads)
-
-
-def _block_guard(module: nn.Module, block: nn.Module) -> str | None:
-    attention, config = block.attn, module.config
-    if reason := _activation_guard(block.mlp.act, GELU):
-        return reason
+def _attention_guard(attention: nn.Module, config: Any) -> str | None:
     if attention.training and attention.attention_dropout:
         return "attention dropout is on"
-    if attention.config is not config:
-        return "a block has a configuration of its own"
-    width = config.hidden_size
-    if (attention.num_heads, attention.num_heads * attention.head_dim) != (config.num_heads, width):
-        return "a block's heads are not those of the configuration"
-    weight = module.blocks[0].norm1.weight
-    dtype = torch.float32 if weight is None else weight.dtype
-    for path, layer, shape in (("attn.qkv", attention.qkv, (3 * width, width)), ("attn.proj", attention.proj, (width, width))):
-        if reason := _linear_guard(path, layer, shape, dtype):
-            return reason
-    for layer in (block.mlp.fc1, block.mlp.fc2):
-        if is_plain(layer) and layer.weight.dtype != dtype:
-            return f"a block has {layer.weight.dtype} weights, expected {dtype}"
-    return _norm_guard("norm1", block.norm1, width, dtype) or _norm_guard("norm2", block.norm2, width, dtype)
+    return None if attention.config is config else "a layer has a configuration of its own"
+
+
+def _vision_sizes(module: nn.Module) -> dict[str, int]:
+    width = module.config.hidden_size
+    return {"width": width, "qkv": 3 * width}
+
+
+TEXT = Table(
+    "text", TEXT_PARTS, _text_sizes, _text_guard, "layers", TEXT_LINEARS, _layer_guard, ("rotary_emb.inv_freq",)
+)  # fmt: skip
+EMBED = Table("embed", EMBED_PARTS, _vision_sizes, _embed_guard)
+ENCODE = Table(
+    "encode", ENCODE_PARTS, _vision_sizes, _encode_guard, "blocks", BLOCK_LINEARS, _block_guard,
+    ("class_pos_emb", "rotary_pos_emb.inv_freq"),
+)  # fmt: skip
+MERGE = Table("merge", MERGE_PARTS, _vision_sizes, _merge_guard)
 
 
 # Around a call

@@ -11,16 +11,15 @@ changes in the middle of a request is seen by the next one.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
+from .guards import Facts, Table
 from .kv_cache import Loan
 from .layout import Padding
-
-T = TypeVar("T")
 
 _current: ContextVar[Request | None] = ContextVar("llava15_request", default=None)
 
@@ -44,7 +43,7 @@ class Request:
         self.loan: Loan | None = None
         self.starts: list[int] = []
         self.begun = self.loop_began = False
-        self.answers: dict[tuple, Any] = {}
+        self._facts: dict[tuple, Facts] = {}
         self.read(mask)
 
     def read(self, mask: Any) -> None:
@@ -68,12 +67,12 @@ class Request:
         if self.is_generate:
             self.cache, self.loan, self.starts = cache, loan, starts
 
-    def ask(self, guard: Callable[[nn.Module], T], module: nn.Module) -> T:
-        """What `guard` says of `module`: asked once."""
-        key = guard, id(module)
-        if key not in self.answers:
-            self.answers[key] = guard(module)
-        return self.answers[key]
+    def facts(self, table: Table, module: nn.Module) -> Facts:
+        """Looked at once."""
+        key = table.name, id(module)
+        if key not in self._facts:
+            self._facts[key] = Facts(table, module)
+        return self._facts[key]
 
 
 def family(module: nn.Module) -> Iterator[nn.Module]:

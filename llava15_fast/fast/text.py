@@ -34,7 +34,7 @@ from llava15_kernels.qk_norm_rope import norm_and_rotate, rope_tables, write_row
 
 from ..model.modeling import send
 from ..model.releases import CACHE
-from .guards import FORWARDS, Facts, call_guard, is_plain, qkv_of, text_facts
+from .guards import FORWARDS, TEXT, Facts, call_guard, is_plain, qkv_of
 from .kv_cache import Loan, Pair
 from .layout import Spans, TextLayout, decode_layout, decode_numbers, prompt_layout
 from .request import Request, current
@@ -58,19 +58,18 @@ class FastTextModel(FastModule, Qwen3Model):
         if (cache := kwargs.pop("cache", None)) is None:  # its other name, see `releases.CACHE`
             cache = past_key_values
         call = TextCall(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, kwargs)
-        if torch.compiler.is_compiling():
-            hidden_states = compiled(self, call)
-            if hidden_states is None:
-                return super().forward(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, **kwargs)
-            return BaseModelOutputWithPast(last_hidden_state=hidden_states)
         forward, runtime = original(FastTextModel, self, "forward"), runtime_of(self)
-        if runtime is None or forward is not FORWARDS[Qwen3Model]:
-            step: Step | str = "the class has a forward of its own"
-        else:
-            step = plan(self, runtime, call)
+        if runtime is None:
+            return forward(self, **call.inputs())
+        if torch.compiler.is_compiling():
+            hidden_states = compiled(self, runtime, call)
+            if hidden_states is None:
+                return forward(self, **call.inputs())
+            return BaseModelOutputWithPast(last_hidden_state=hidden_states)
+        own = forward is not FORWARDS[Qwen3Model]
+        step = "the class has a forward of its own" if own else plan(self, runtime, call)
         if isinstance(step, str):
-            if runtime is not None:
-                runtime.record.fall_back(METHOD, step)
+            runtime.record.fall_back(METHOD, step)
             return forward(self, **call.inputs())
         hidden_states = execute(self, runtime, call, step)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: step.cache if step.returns_cache else None})
@@ -95,15 +94,8 @@ class TextCall:
 
     def inputs(self) -> dict[str, Any]:
         """For the original."""
-        return {
-            "input_ids": self.input_ids,
-            "attention_mask": self.attention_mask,
-            "position_ids": self.position_ids,
-            CACHE: self.cache,
-            "inputs_embeds": self.inputs_embeds,
-            "use_cache": self.use_cache,
-            **self.options,
-        }
+        given = dict(vars(self))
+        return {CACHE: given.pop("cache"), **given.pop("options"), **given}
 
 
 @dataclass
@@ -145,12 +137,12 @@ def next_step(module: nn.Module, runtime: Runtime, request: Request, call: TextC
     with_room(lambda: loan.buffers.make_room(past, past + length))
     positions = _position_ids(call, past)
     numbers = decode_numbers(request.starts, past, length, loan.buffers.capacity)
-    return Step(request.ask(text_facts, module), call.cache, call.use_cache is not False, loan, positions, numbers=numbers)
+    return Step(request.facts(TEXT, module), call.cache, call.use_cache is not False, loan, positions, numbers=numbers)
 
 
 def first_step(module: nn.Module, runtime: Runtime, request: Request, call: TextCall) -> Step | str:
     """Everything is looked at, and only then is the cache touched."""
-    facts, use_cache, cache = request.ask(text_facts, module), call.use_cache, call.cache
+    facts, use_cache, cache = request.facts(TEXT, module), call.use_cache, call.cache
     if reason := facts.guard or _input_guard(module, call):
         return reason
     config, (batch, length), n_layers = module.config, call.given.shape[:2], module.config.num_hidden_layers
@@ -179,23 +171,19 @@ def first_step(module: nn.Module, runtime: Runtime, request: Request, call: Text
     return step
 
 
-def compiled(module: nn.Module, call: TextCall) -> torch.Tensor | None:
+def compiled(module: nn.Module, runtime: Runtime, call: TextCall) -> torch.Tensor | None:
     """What torch.compile captures; None for the original: a cache that is written in place and a mask that is read are nothing
     for it."""
-    runtime = runtime_of(module)
     cached = call.cache is not None or (module.config.use_cache if call.use_cache is None else call.use_cache)
-    if runtime is None or type(module) is not FastTextModel or cached or call.attention_mask is not None:
+    if type(module) is not FastTextModel or cached or call.attention_mask is not None or call.position_ids is not None:
         return None
-    facts = text_facts(module)
-    if facts.guard or _input_guard(module, call) or call.position_ids is not None:
+    facts = Facts(TEXT, module)
+    if facts.guard or _input_guard(module, call):
         return None
-    (batch, length), device = call.given.shape[:2], call.given.device
+    batch, length = call.given.shape[:2]
     embeds = module.embed_tokens(call.input_ids) if call.inputs_embeds is None else call.inputs_embeds
-    rows = torch.arange(length, device=device).expand(batch, -1).reshape(1, -1)
-    bounds = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
-    layout = TextLayout(rows, None, None, bounds, bounds, length, length, batch * length)
-    shape = None if facts.plain else (batch, length)
-    return run_layers(module, embeds, layout, None, runtime.backend_on(embeds.device), shape)
+    layout = prompt_layout(Spans([(0, length)] * batch, 0, length), _position_ids(call, 0), None)
+    return run_layers(module, embeds, layout, None, runtime.backend_on(embeds.device), None if facts.plain else (batch, length))
 
 
 def _input_guard(module: nn.Module, call: TextCall) -> str | None:

@@ -25,7 +25,7 @@ from llava15_kernels.vision_rope import apply_rope_tables, vision_rope_tables
 
 from ..model.modeling import LlavaOnevision1_5VisionModel, VisionLayout
 from . import limits
-from .guards import Facts, call_guard, embed_guard, encode_facts, merge_guard
+from .guards import EMBED, ENCODE, MERGE, Facts, Table, call_guard
 from .request import Request, current, opened
 from .runtime import FastModule, Runtime, original, runtime_of, stands_for, with_room
 
@@ -48,16 +48,10 @@ class FastVisionModel(FastModule, LlavaOnevision1_5VisionModel):
         """The convolution sees one patch at a time: a matrix product, several times faster as one."""
         weight = getattr(getattr(self.patch_embed, "proj", None), "weight", None)
         x = pixel_values if weight is None else pixel_values.to(weight.dtype)
-
-        def guard() -> str | None:
-            return _ask(self, embed_guard) or call_guard(self, x, weight, {})
-
-        if torch.compiler.is_compiling() and not _compiles(self, guard):
-            return super().embed_patches(pixel_values, layout)
-        way = _way(self, "embed_patches", guard)
-        if not isinstance(way, Runtime):
-            return way(self, pixel_values, layout)
-        backend = _start(way, "embed_patches", x.device)
+        runtime, _ = _enter(self, "embed_patches", EMBED, x, weight)
+        if runtime is None:
+            return original(FastVisionModel, self, "embed_patches")(self, pixel_values, layout)
+        backend = _start(runtime, "embed_patches", x.device)
         hidden_states = weight.new_empty(len(layout.position_ids), len(weight))
         hidden_states[layout.cu_seqlens[:-1]] = self.class_embedding.to(weight.dtype)
         hidden_states[layout.patch_rows] = nn.functional.linear(x, weight.flatten(1))
@@ -65,62 +59,46 @@ class FastVisionModel(FastModule, LlavaOnevision1_5VisionModel):
         return layer_norm(hidden_states, norm.weight, norm.bias, norm.eps, backend=backend)
 
     def encode(self, hidden_states: torch.Tensor, layout: VisionLayout, **kwargs: Any) -> torch.Tensor:
-        def guard() -> str | None:
-            reason = _ask(self, encode_facts).guard
-            return reason or call_guard(self, hidden_states, self.blocks[0].norm1.weight, kwargs)
-
-        if torch.compiler.is_compiling() and not _compiles(self, guard):
-            return super().encode(hidden_states, layout, **kwargs)
-        way = _way(self, "encode", guard)
-        if not isinstance(way, Runtime):
-            return way(self, hidden_states, layout, **kwargs)
-        if way.can_capture(hidden_states.device):
-            replayed = _replay(self, way, _ask(self, encode_facts), hidden_states, layout)
+        runtime, facts = _enter(self, "encode", ENCODE, hidden_states, **kwargs)
+        if runtime is None:
+            return original(FastVisionModel, self, "encode")(self, hidden_states, layout, **kwargs)
+        if runtime.can_capture(hidden_states.device):
+            replayed = _replay(self, runtime, facts, hidden_states, layout)
             if replayed is not None:
                 return replayed
-        backend = _start(way, "encode", hidden_states.device)
+        backend = _start(runtime, "encode", hidden_states.device)
         sizes = layout.position_ids, layout.cu_seqlens, layout.max_seqlen
         return with_room(functools.partial(run_blocks, self, hidden_states, *sizes, backend))
 
     def merge_patches(self, hidden_states: torch.Tensor, layout: VisionLayout) -> tuple[torch.Tensor, torch.Tensor]:
-        def guard() -> str | None:
-            return _ask(self, merge_guard) or call_guard(self, hidden_states, self.merger.ln_q.weight, {})
-
-        if torch.compiler.is_compiling() and not _compiles(self, guard):
-            return super().merge_patches(hidden_states, layout)
-        way = _way(self, "merge_patches", guard)
-        if not isinstance(way, Runtime):
-            return way(self, hidden_states, layout)
-        norm, backend = self.merger.ln_q, _start(way, "merge_patches", hidden_states.device)
+        runtime, _ = _enter(self, "merge_patches", MERGE, hidden_states)
+        if runtime is None:
+            return original(FastVisionModel, self, "merge_patches")(self, hidden_states, layout)
+        norm, backend = self.merger.ln_q, _start(runtime, "merge_patches", hidden_states.device)
         merged = patch_merge(
             hidden_states, norm.weight, norm.bias, norm.eps, layout.cu_seqlens, self.spatial_merge_size, backend=backend
         )
         return hidden_states[layout.patch_rows], self.merger.mlp(merged)
 
 
-def _ask(module: nn.Module, guard: Any) -> Any:
-    """Once in a request; a method that is called by itself, or compiled, is none."""
-    request = None if torch.compiler.is_compiling() else current(module)
-    return guard(module) if request is None else request.ask(guard, module)
-
-
-def _compiles(module: nn.Module, guard: Any) -> bool:
-    """Whether torch.compile may capture the kernels: nothing is counted there, and a user's class is not looked into."""
-    return type(module) is FastVisionModel and runtime_of(module) is not None and guard() is None
-
-
-def _way(module: nn.Module, name: str, guard: Any) -> Any:
-    """The runtime where the kernels run, or the original method; that it ran instead is counted."""
-    if torch.compiler.is_compiling():  # see `_compiles`
-        return runtime_of(module)
-    method, runtime = original(FastVisionModel, module, name), runtime_of(module)
-    if runtime is None:
-        return method
-    reason = "the class has a method of its own" if method is not METHODS[name] else guard()
-    if reason is None:
-        return runtime
-    runtime.record.fall_back(f"visual.{name}", reason)
-    return method
+def _enter(
+    module: nn.Module, name: str, table: Table, x: torch.Tensor, weight: torch.Tensor | None = None, **options: Any
+) -> tuple[Runtime | None, Facts | None]:
+    """The runtime where the kernels run on `x`; where the original has to, None, which is counted."""
+    runtime, compiling = runtime_of(module), torch.compiler.is_compiling()
+    if runtime is None or (compiling and type(module) is not FastVisionModel):
+        return None, None
+    if not compiling and original(FastVisionModel, module, name) is not METHODS[name]:
+        runtime.record.fall_back(f"visual.{name}", "the class has a method of its own")
+        return None, None
+    # A method that is called by itself, or compiled, is no request.
+    request = None if compiling else current(module)
+    facts = Facts(table, module) if request is None else request.facts(table, module)
+    reason = facts.guard or call_guard(module, x, facts.weight if weight is None else weight, options)
+    if reason is not None:
+        runtime.record.fall_back(f"visual.{name}", reason)
+        return None, None
+    return runtime, facts
 
 
 def _start(runtime: Runtime, name: str, device: torch.device) -> str:
