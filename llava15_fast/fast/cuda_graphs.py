@@ -17,17 +17,15 @@ import gc
 import logging
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from . import limits
-
 logger = logging.getLogger("llava15_fast")
 
 Step = Callable[..., torch.Tensor]
+Tensors = tuple[torch.Tensor, ...]
 
 _capturing = threading.Lock()
 """A stream captures one graph at a time, and so, in torch 2.11, does a random generator."""
@@ -97,12 +95,12 @@ class Slot:
         reads: what the graph reads besides; kept alive.
     """
 
-    def __init__(self, key: tuple | None = None) -> None:
-        self.key = key
+    def __init__(self) -> None:
+        self.key: tuple | None = None
         self.clear()
 
     def clear(self) -> None:
-        self.inputs: tuple[torch.Tensor, ...] = ()
+        self.inputs: Tensors = ()
         self.output: torch.Tensor | None = None
         self.reads: list[torch.Tensor] = []
         self.graph: CapturedStep | None = None
@@ -127,13 +125,7 @@ class Graphs:
         return device.type == "cuda" and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
 
     def run(
-        self,
-        slot: Slot,
-        key: tuple,
-        inputs: tuple[torch.Tensor, ...],
-        step: Step,
-        device: torch.device,
-        reads: Sequence[torch.Tensor],
+        self, slot: Slot, key: tuple, inputs: Tensors, step: Step, device: torch.device, reads: Sequence[torch.Tensor]
     ) -> torch.Tensor | None:
         """`step(*inputs)` by a graph, a tensor of its own; None where it is to run without.
 
@@ -156,9 +148,7 @@ class Graphs:
             slot.graph.replay()
             return slot.output.clone()
 
-    def _capture(
-        self, slot: Slot, inputs: tuple[torch.Tensor, ...], step: Step, device: torch.device, reads: Sequence[torch.Tensor]
-    ) -> bool:
+    def _capture(self, slot: Slot, inputs: Tensors, step: Step, device: torch.device, reads: Sequence[torch.Tensor]) -> bool:
         # A pool whose last graph is gone must not be captured into again: torch raises, as long as something in it lives.
         if not any(other.is_captured for other in self.slots):
             self.pool = CapturedStep.new_pool()
@@ -201,22 +191,6 @@ class Graphs:
             return bool(held)
 
 
-class RecentSlots:
-    """Slots of the last few keys; the one that was not used for longest goes."""
-
-    def __init__(self) -> None:
-        self.slots: OrderedDict[tuple, Slot] = OrderedDict()
-        self.lock = threading.Lock()
-
-    def of(self, key: tuple) -> Slot:
-        with self.lock:
-            slot = self.slots.pop(key, None) or Slot()
-            self.slots[key] = slot
-            while len(self.slots) > limits.VISION_GRAPHS:
-                self.slots.popitem(last=False)
-            return slot
-
-
-def _fill(buffers: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> None:
+def _fill(buffers: Tensors, inputs: Tensors) -> None:
     for buffer, value in zip(buffers, inputs, strict=True):
         buffer.copy_(value, non_blocking=True)

@@ -17,6 +17,7 @@ import inspect
 import math
 from collections import deque
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,12 +27,14 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from ..model.modeling import LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model
 from ..model.releases import CACHE
-from . import limits
+from . import limits, text
 from .guards import methods_guard, roots_guard
 from .request import Request, current, opened
 from .runtime import FAST, FastModule, original, runtime_of, stands_for
 
 METHOD = "generate"
+
+STEP_INPUTS = frozenset(("input_ids", "attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"))
 
 Output = torch.Tensor | GenerateDecoderOnlyOutput
 
@@ -175,11 +178,25 @@ def decode(model: FastForConditionalGeneration, asked: Asked) -> Output:
     while not answer.append(answer.choose(outputs.logits[:, -1])):
         step = inputs.next(answer.ids, outputs)
         del outputs
-        outputs = model(**step, return_dict=True)
+        outputs = _next_token(model, step) or model(**step, return_dict=True)
     cache = kwargs.get(CACHE, getattr(outputs, CACHE))
     if (surplus := answer.cut()) and cache is not None:
         cache.crop(-surplus)
     return answer.result(cache)
+
+
+def _next_token(model: FastForConditionalGeneration, inputs: dict[str, Any]) -> SimpleNamespace | None:
+    """The step of a request that is under way, past the forwards between the ids (B, 1) and the layers, which its guards know;
+    None where the model itself has to be called."""
+    cache, runtime, language = inputs.get(CACHE), runtime_of(model), model.model.language_model
+    request = current(model, cache)
+    if request is None or runtime is None or any(inputs[name] is not None for name in inputs.keys() - STEP_INPUTS):
+        return None
+    call = text.TextCall(inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids"), cache, None, True, {})
+    if (step := text.next_step(language, request, call)) is None:
+        return None
+    logits = model.lm_head(text.execute(language, runtime, call, step))
+    return SimpleNamespace(logits=logits, **{CACHE: cache})
 
 
 class Answer:
@@ -309,7 +326,11 @@ class _StopWatch:
         if self.steps % limits.EOS_POLL:
             return False
         self.asked.append(self.ask(unfinished))
-        return len(self.asked) > 1 and not self.answer(*self.asked.popleft())
+        if len(self.asked) == 1:
+            return False
+        flag, event = self.asked.popleft()
+        event.synchronize()
+        return not bool(flag)
 
     @staticmethod
     def ask(unfinished: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
@@ -318,11 +339,6 @@ class _StopWatch:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(unfinished.device))  # the current device may be another
         return flag, event
-
-    @staticmethod
-    def answer(flag: torch.Tensor, event: torch.cuda.Event) -> bool:
-        event.synchronize()
-        return bool(flag)
 
 
 def _tokens_needed(generated: torch.Tensor, eos_ids: torch.Tensor | None) -> int:

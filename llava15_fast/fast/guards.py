@@ -397,10 +397,6 @@ class Facts:
 # The parts
 
 
-def qkv_of(attention: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
-    return attention.q_proj, attention.k_proj, attention.v_proj
-
-
 def _text_sizes(module: nn.Module) -> dict[str, int]:
     config = module.config
     heads = {"q": config.num_attention_heads * config.head_dim, "kv": config.num_key_value_heads * config.head_dim}

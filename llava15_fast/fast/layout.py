@@ -78,6 +78,7 @@ class Spans:
     Attributes:
         spans: of the tokens that are none, the past ones among them.
         starts, ends: of those among the new tokens, counted from the beginning.
+        is_empty, is_full: whether all of the new ones are padding, or none.
     """
 
     def __init__(self, spans: Sequence[tuple[int, int]], past: int, length: int) -> None:
@@ -85,14 +86,8 @@ class Spans:
         self.starts = [max(start, past) for start, _ in spans]
         self.ends = [max(end, past) for _, end in spans]
 
-    @property
-    def is_empty(self) -> bool:
-        return self.starts == self.ends
-
-    @property
-    def is_full(self) -> bool:
-        total = self.past + self.length
-        return all(start == self.past and end == total for start, end in zip(self.starts, self.ends, strict=True))
+        self.is_empty = self.starts == self.ends
+        self.is_full = all(start == past for start in self.starts) and all(end == past + length for end in self.ends)
 
     def indices(self, offset: int, shift: int, device: torch.device) -> torch.Tensor:
         """starts[b] : ends[b] of every prompt b, moved by b * offset - shift."""
@@ -107,11 +102,10 @@ def prompt_layout(tokens: Spans, position_ids: torch.Tensor, capacity: int | Non
     """For a prompt or the next part of one: varlen attention, without rows for padding.
 
     Args:
-        position_ids: (1, L) or (B, L).
+        position_ids: (1, B * L).
         capacity: of the KV buffers; None without a cache, and then there is no past.
     """
     device, batch = position_ids.device, len(tokens.spans)
-    position_ids = position_ids.expand(batch, -1).reshape(1, -1)
     if capacity is None and tokens.is_full:
         length = tokens.length
         bounds = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
@@ -151,10 +145,5 @@ def _segments(lengths_q: list[int], lengths_k: list[int], device: torch.device) 
     pairs = [pair for pair in zip(lengths_q, lengths_k, strict=True) if pair != (0, 0)]
     rows = [[0, *accumulate(lengths)] for lengths in (zip(*pairs, strict=True) if pairs else ((), ()))]
     bounds = send(torch.tensor(rows, dtype=torch.int32, device="cpu"), device)
-    return {
-        "cu_seqlens_q": bounds[0],
-        "cu_seqlens_k": bounds[1],
-        "max_seqlen_q": max(lengths_q),
-        "max_seqlen_k": max(lengths_k),
-        "total_k": sum(lengths_k),
-    }
+    longest = {"max_seqlen_q": max(lengths_q), "max_seqlen_k": max(lengths_k), "total_k": sum(lengths_k)}
+    return {"cu_seqlens_q": bounds[0], "cu_seqlens_k": bounds[1], **longest}

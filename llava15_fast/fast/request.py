@@ -33,6 +33,7 @@ class Request:
         reads_padding: whether what is said of padding counts, as in a loss, which predicts a prompt's first token from it.
         cache, loan: that a `generate` is bound to by its first forward.
         starts: per prompt its first token that is no padding.
+        most_tokens: new ones of a prompt that a step may have.
         begun, loop_began: whether the text model, and the decoding loop, have run.
     """
 
@@ -42,6 +43,7 @@ class Request:
         self.cache: Any = None
         self.loan: Loan | None = None
         self.starts: list[int] = []
+        self.most_tokens = 0
         self.begun = self.loop_began = False
         self._facts: dict[tuple, Facts] = {}
         self.read(mask)
@@ -61,11 +63,11 @@ class Request:
         """Whether a forward of `module` on `cache` belongs to it: the first one, or a step on the cache that is bound."""
         return id(module) in self.modules and (not self.begun or (cache is not None and cache is self.cache))
 
-    def begin(self, cache: Any, loan: Loan | None, starts: list[int]) -> None:
+    def begin(self, cache: Any, loan: Loan | None, starts: list[int], most_tokens: int) -> None:
         """The text model runs: the vision tower is done, and from now on only steps on `cache` belong to a `generate`."""
-        self.begun = True
+        self.begun, self.starts, self.most_tokens = True, starts, most_tokens
         if self.is_generate:
-            self.cache, self.loan, self.starts = cache, loan, starts
+            self.cache, self.loan = cache, loan
 
     def facts(self, table: Table, module: nn.Module) -> Facts:
         """Looked at once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from llava15_kernels._dispatch import Backend, default_backend
 
-from .cuda_graphs import Graphs, RecentSlots
+from . import limits
+from .cuda_graphs import Graphs, Slot
 from .kv_cache import KVPool
 from .record import Record
 
@@ -35,7 +37,8 @@ class Runtime:
         self.record = Record()
         self.pool = KVPool()
         self.graphs = Graphs()
-        self.vision_slots = RecentSlots()
+        # Of the image sizes that came last; their graphs go with their slots.
+        self.vision_slot = functools.lru_cache(limits.VISION_GRAPHS)(lambda sizes: Slot())
         _living.add(self)
 
     def __reduce__(self) -> tuple:
@@ -50,7 +53,7 @@ class Runtime:
     def release(self) -> bool:
         """Frees graphs and idle KV memory; whether there were any."""
         freed = [self.graphs.clear(), self.pool.clear()]
-        self.vision_slots.slots.clear()
+        self.vision_slot.cache_clear()
         return any(freed)
 
 

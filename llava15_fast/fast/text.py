@@ -34,7 +34,7 @@ from llava15_kernels.qk_norm_rope import norm_and_rotate, rope_tables, write_row
 
 from ..model.modeling import send
 from ..model.releases import CACHE
-from .guards import FORWARDS, TEXT, Facts, call_guard, is_plain, qkv_of
+from .guards import FORWARDS, TEXT, Facts, call_guard, is_plain
 from .kv_cache import Loan, Pair
 from .layout import Spans, TextLayout, decode_layout, decode_numbers, prompt_layout
 from .request import Request, current
@@ -120,23 +120,22 @@ class Step:
 def plan(module: nn.Module, runtime: Runtime, call: TextCall) -> Step | str:
     """What to run, or why the original has to."""
     request = current(module, call.cache) or Request(module)
-    return next_step(module, runtime, request, call) or first_step(module, runtime, request, call)
+    return next_step(module, request, call) or first_step(module, runtime, request, call)
 
 
-def next_step(module: nn.Module, runtime: Runtime, request: Request, call: TextCall) -> Step | None:
+def next_step(module: nn.Module, request: Request, call: TextCall) -> Step | None:
     """A few more tokens of every prompt in a request that is under way; None where it has to be planned anew."""
     loan = request.loan
     if loan is None:
         return None
-    batch, length = call.given.shape[:2]
-    mask, past = call.attention_mask, loan.length
-    if not loan.is_whole or batch != loan.buffers.batch or length > _most_tokens(module):
+    (batch, length), mask, past, buffers = call.given.shape[:2], call.attention_mask, loan.length, loan.buffers
+    if not loan.is_whole or batch != buffers.batch or length > request.most_tokens:
         return None
     if mask is not None and mask.shape != (batch, past + length):
         return None
-    with_room(lambda: loan.buffers.make_room(past, past + length))
-    positions = _position_ids(call, past)
-    numbers = decode_numbers(request.starts, past, length, loan.buffers.capacity)
+    if not buffers.has_room(past, past + length):
+        with_room(lambda: buffers.make_room(past, past + length))
+    numbers, positions = decode_numbers(request.starts, past, length, buffers.capacity), _position_ids(call, past)
     return Step(request.facts(TEXT, module), call.cache, call.use_cache is not False, loan, positions, numbers=numbers)
 
 
@@ -159,13 +158,14 @@ def first_step(module: nn.Module, runtime: Runtime, request: Request, call: Text
         return "a linear layer has to see the padding, which is left out"
     loan = None
     if cache is not None:
-        like = module.norm.weight.new_empty((batch, 0, config.num_key_value_heads, config.head_dim))
+        like = facts.weight.new_empty((batch, 0, config.num_key_value_heads, config.head_dim))
         loan = with_room(lambda: runtime.pool.borrow(cache, n_layers, like, past + length))
-    starts = [start for start, _ in tokens.spans]
-    request.begin(cache, loan, starts)
+    # New tokens of a prompt that attention split over the cache takes.
+    most_tokens = max_rows(config.head_dim, facts.weight.dtype) // (config.num_attention_heads // config.num_key_value_heads)
+    request.begin(cache, loan, [start for start, _ in tokens.spans], most_tokens)
     step = Step(facts, cache, bool(use_cache), loan, _position_ids(call, past))
-    if loan is not None and tokens.is_full and past and length <= _most_tokens(module):
-        step.numbers = decode_numbers(starts, past, length, loan.buffers.capacity)
+    if loan is not None and tokens.is_full and past and length <= most_tokens:
+        step.numbers = decode_numbers(request.starts, past, length, loan.buffers.capacity)
     else:
         step.layout = prompt_layout(tokens, step.position_ids, None if loan is None else loan.buffers.capacity)
     return step
@@ -203,7 +203,7 @@ def _tokens(request: Request, call: TextCall, past: int) -> Spans | str:
     mask, positions, (batch, length) = call.attention_mask, call.position_ids, call.given.shape[:2]
     if positions is not None and (positions.ndim != 2 or positions.shape[1] != length):
         return "the positions are not one per token"
-    if positions is not None and call.cache is None and mask is None and not _rises_by_one(positions):
+    if positions is not None and call.cache is None and mask is None and (positions.diff(dim=-1) != 1).any():
         # Without a cache transformers reads jumps in the positions as the borders of packed sequences.
         return "the positions describe packed sequences"
     total = past + length
@@ -223,23 +223,12 @@ def _tokens(request: Request, call: TextCall, past: int) -> Spans | str:
     return tokens
 
 
-def _rises_by_one(positions: torch.Tensor) -> bool:
-    return not bool((positions.diff(dim=-1) != 1).any())
-
-
 def _position_ids(call: TextCall, past: int) -> torch.Tensor:
-    """(1, L) or (B, L), on the device."""
-    given = call.given
-    if call.position_ids is not None:
-        return call.position_ids.to(given.device)
-    return torch.arange(past, past + given.shape[1], device=given.device)[None]
-
-
-def _most_tokens(module: nn.Module) -> int:
-    """New tokens of a prompt that attention split over the cache takes."""
-    config = module.config
-    group = config.num_attention_heads // config.num_key_value_heads
-    return max_rows(config.head_dim, module.norm.weight.dtype) // group
+    """(1, B * L), on the device."""
+    given, positions = call.given, call.position_ids
+    if positions is None:
+        positions = torch.arange(past, past + given.shape[1], device=given.device)[None]
+    return positions.to(given.device).expand(given.shape[0], -1).reshape(1, -1)
 
 
 def execute(module: nn.Module, runtime: Runtime, call: TextCall, step: Step) -> torch.Tensor:
@@ -251,9 +240,7 @@ def execute(module: nn.Module, runtime: Runtime, call: TextCall, step: Step) -> 
         runtime.record.run(METHOD, backend)
         layout, storages = step.layout, None if step.loan is None else step.loan.buffers.layers
         if layout is None:
-            batch = len(embeds)
-            rows = step.position_ids.expand(batch, -1).reshape(1, -1)
-            layout = decode_layout(rows, send(step.numbers, embeds.device), batch)
+            layout = decode_layout(step.position_ids, send(step.numbers, embeds.device), len(embeds))
         shape = None if step.facts.plain or layout.rows is not None else tuple(embeds.shape[:2])
         hidden_states = with_room(functools.partial(run_layers, module, embeds, layout, storages, backend, shape))
     if step.loan is not None:
@@ -271,11 +258,10 @@ def _replay(module: nn.Module, runtime: Runtime, step: Step, embeds: torch.Tenso
     def run(embeds: torch.Tensor, position_ids: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         return run_layers(module, embeds, decode_layout(position_ids, numbers, batch), storages, backend)
 
-    positions = step.position_ids.expand(batch, -1).reshape(1, -1)
     # Pinned: a copy from elsewhere may wait for the device.
     numbers = step.numbers.pin_memory() if embeds.device.type == "cuda" else step.numbers
-    key = (METHOD, step.facts.fingerprint, backend, embeds.shape, embeds.dtype, positions.dtype)
-    slot, inputs = step.loan.buffers.slot, (embeds, positions, numbers)
+    key = (METHOD, step.facts.fingerprint, backend, embeds.shape, embeds.dtype, step.position_ids.dtype)
+    slot, inputs = step.loan.buffers.slot, (embeds, step.position_ids, numbers)
     hidden_states = runtime.graphs.run(slot, key, inputs, run, embeds.device, step.facts.reads)
     if hidden_states is not None:
         runtime.record.run(METHOD, f"{backend}, CUDA graph")
@@ -283,13 +269,9 @@ def _replay(module: nn.Module, runtime: Runtime, step: Step, embeds: torch.Tenso
 
 
 def run_layers(
-    module: nn.Module,
-    embeds: torch.Tensor,
-    layout: TextLayout,
-    storages: Sequence[Pair] | None,
-    backend: str,
+    module: nn.Module, embeds: torch.Tensor, layout: TextLayout, storages: Sequence[Pair] | None, backend: str,
     shape: tuple[int, int] | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """(B, L, width) -> (B, L, width) after the last norm; zeros where the layout has padding.
 
     Args:
@@ -299,87 +281,73 @@ def run_layers(
     x = embeds.flatten(0, 1)
     if layout.rows is not None:
         x = x[layout.rows]
-    rope = layout.position_ids, module.rotary_emb.inv_freq.float(), module.rotary_emb.attention_scaling
-    if backend == "torch":
-        # Made once; the kernel makes its angles where it uses them.
-        rope = rope_tables(*rope)
-    config = module.config
-    # Read once: transformers' configurations take their time.
-    heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
+    run, config = Run(module, layout, len(embeds), backend, shape), module.config
     layers = [*module.layers][: config.num_hidden_layers]
     norms = [layer.input_layernorm for layer in layers[1:]] + [module.norm]
-    first = layers[0].input_layernorm
-    normed, residual = rms_norm(x, first.weight, first.variance_epsilon, backend=backend), x
+    normed, residual = run.norm(layers[0].input_layernorm, x), x
     for layer, next_norm in zip(layers, norms, strict=True):
-        attention, norm, mlp = layer.self_attn, layer.post_attention_layernorm, layer.mlp
-        storage = None if storages is None else storages[attention.layer_idx]
-        attended = attend(heads, attention, normed, layout, rope, storage, embeds.shape[0], backend, shape)
-        (x,) = project((attention.o_proj,), attended, shape)
-        normed, residual = rms_norm(x, norm.weight, norm.variance_epsilon, residual, backend=backend)
-        (x,) = project((mlp.down_proj,), _gated(mlp, normed, backend, shape), shape)
-        normed, residual = rms_norm(x, next_norm.weight, next_norm.variance_epsilon, residual, backend=backend)
+        attention, mlp = layer.self_attn, layer.mlp
+        attended = run.attend(attention, normed, None if storages is None else storages[attention.layer_idx])
+        (x,) = run.project(attended, attention.o_proj)
+        normed, residual = run.norm(layer.post_attention_layernorm, x, residual)
+        (x,) = run.project(run.gated(mlp, normed), mlp.down_proj)
+        normed, residual = run.norm(next_norm, x, residual)
     if layout.rows is None:
         return normed.view(embeds.shape)
     return normed.new_zeros(embeds.shape).flatten(0, 1).index_copy_(0, layout.rows, normed).view(embeds.shape)
 
 
-def project(layers: Sequence[nn.Module], x: torch.Tensor, shape: tuple[int, int] | None) -> list[torch.Tensor]:
-    """The outputs of linear layers that read the same rows (T, width): the one place that decides how they are computed."""
-    if shape is None:
-        return [layer(x) for layer in layers]
-    return [layer(x.view(*shape, -1)).flatten(0, 1) for layer in layers]
+class Run:
+    """What all layers of one forward are computed with."""
 
+    def __init__(
+        self, module: nn.Module, layout: TextLayout, batch: int, backend: str, shape: tuple[int, int] | None
+    ) -> None:
+        self.layout, self.batch, self.backend, self.shape, config = layout, batch, backend, shape, module.config
+        # Read once: transformers' configurations take their time.
+        self.heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
+        rope = layout.position_ids, module.rotary_emb.inv_freq.float(), module.rotary_emb.attention_scaling
+        # Without the kernel, which makes its angles where it uses them, the tables are made once.
+        self.rope = rope_tables(*rope) if backend == "torch" else rope
 
-def _gated(mlp: nn.Module, normed: torch.Tensor, backend: str, shape: tuple[int, int] | None) -> torch.Tensor:
-    gate, up = project((mlp.gate_proj, mlp.up_proj), normed, shape)
-    if backend == "torch" and is_plain(mlp.gate_proj):  # nobody else holds its output
-        return nn.functional.silu(gate, inplace=True).mul_(up)
-    return silu_and_mul(gate, up, backend=backend)
+    def norm(self, norm: nn.Module, x: torch.Tensor, *residual: torch.Tensor) -> Any:
+        return rms_norm(x, norm.weight, norm.variance_epsilon, *residual, backend=self.backend)
 
+    def project(self, x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
+        """Linear layers that read the same rows (T, width): the one place that decides how they are computed."""
+        if self.shape is None:
+            return [layer(x) for layer in layers]
+        return [layer(x.view(*self.shape, -1)).flatten(0, 1) for layer in layers]
 
-def attend(
-    heads: tuple[int, int, int],
-    attention: nn.Module,
-    normed: torch.Tensor,
-    layout: TextLayout,
-    rope: tuple,
-    storage: Pair | None,
-    batch: int,
-    backend: str,
-    shape: tuple[int, int] | None,
-) -> torch.Tensor:
-    """(T, width) -> (T, heads * head_dim): projections, head norms, rotary embedding, cache, attention.
+    def gated(self, mlp: nn.Module, normed: torch.Tensor) -> torch.Tensor:
+        gate, up = self.project(normed, mlp.gate_proj, mlp.up_proj)
+        if self.backend == "torch" and is_plain(mlp.gate_proj):  # nobody else holds its output
+            return nn.functional.silu(gate, inplace=True).mul_(up)
+        return silu_and_mul(gate, up, backend=self.backend)
 
-    `heads` are those of q, k and v.
-    """
-    head_dim = attention.head_dim
-    projected = project(qkv_of(attention), normed, shape)
-    q, k, v = (x.view(1, -1, n, head_dim) for x, n in zip(projected, heads, strict=True))
-    norms = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon
-    if storage is not None:
-        k_cache, v_cache = storage
-        keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
-    if backend == "torch":
-        q, k = norm_and_rotate(q, k, *norms, *rope)
-        if storage is not None:
-            write_rows(keys, values, layout.slots, k, v)
-    else:
-        *angles, scaling = rope
-        cache = {} if storage is None else {"v": v, "k_cache": keys, "v_cache": values, "slot_mapping": layout.slots}
-        q = qk_norm_rope(q, k, *norms, *angles, attention_scaling=scaling, backend=backend, **cache)
-        if storage is None:
-            q, k = q
-    if storage is None:
-        keys, values = k[0], v[0]
-    if layout.cache_seqlens is not None:
-        attended = flash_attn_with_kvcache(
-            q.view(batch, -1, heads[0], head_dim), k_cache, v_cache,
-            cache_seqlens=layout.cache_seqlens, cache_leftpad=layout.cache_leftpad,
-            softmax_scale=attention.scaling, causal=True, backend=backend,
-        )  # fmt: skip
-    else:
-        attended = flash_attn_varlen_func(
-            q[0], keys[: layout.total_k], values[: layout.total_k], layout.cu_seqlens_q, layout.cu_seqlens_k,
-            layout.max_seqlen_q, layout.max_seqlen_k, softmax_scale=attention.scaling, causal=True, backend=backend,
-        )  # fmt: skip
-    return attended.view(normed.shape[0], -1)
+    def attend(self, attention: nn.Module, normed: torch.Tensor, storage: Pair | None) -> torch.Tensor:
+        """(T, width) -> (T, heads * head_dim): projections, head norms, rotary embedding, cache, attention."""
+        layout, backend, head_dim = self.layout, self.backend, attention.head_dim
+        projected = self.project(normed, attention.q_proj, attention.k_proj, attention.v_proj)
+        q, k, v = (x.view(1, -1, n, head_dim) for x, n in zip(projected, self.heads, strict=True))
+        norms = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon
+        keys, values = (k[0], v[0]) if storage is None else (side.flatten(0, 1) for side in storage)
+        if backend == "torch":
+            q, k = norm_and_rotate(q, k, *norms, *self.rope)
+            if storage is not None:
+                write_rows(keys, values, layout.slots, k, v)
+        else:
+            *angles, scaling = self.rope
+            cache = {} if storage is None else {"v": v, "k_cache": keys, "v_cache": values, "slot_mapping": layout.slots}
+            q = qk_norm_rope(q, k, *norms, *angles, attention_scaling=scaling, backend=backend, **cache)
+            if storage is None:
+                q, k = q
+        options = {"softmax_scale": attention.scaling, "causal": True, "backend": backend}
+        if layout.cache_seqlens is not None:
+            options |= {"cache_seqlens": layout.cache_seqlens, "cache_leftpad": layout.cache_leftpad}
+            attended = flash_attn_with_kvcache(q.view(self.batch, -1, self.heads[0], head_dim), *storage, **options)
+        else:
+            keys = k[0] if storage is None else keys
+            lengths = layout.cu_seqlens_q, layout.cu_seqlens_k, layout.max_seqlen_q, layout.max_seqlen_k
+            attended = flash_attn_varlen_func(q[0], keys[: layout.total_k], values[: layout.total_k], *lengths, **options)
+        return attended.view(normed.shape[0], -1)

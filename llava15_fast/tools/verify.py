@@ -309,7 +309,8 @@ def _blocks(root: nn.Module, inputs: dict[str, torch.Tensor], backend: str, ran:
         def compare(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
             x, positions = args[0], kwargs["position_ids"]
             tokens = Spans(padding.within(x.shape[1]), 0, x.shape[1])
-            ours = text.run_layers(alone, x, prompt_layout(tokens, positions, None), None, backend)
+            rows = positions.expand(len(x), -1).reshape(1, -1)
+            ours = text.run_layers(alone, x, prompt_layout(tokens, rows, None), None, backend)
             wide = x.to(reference)
             wider = {**kwargs, "position_embeddings": language.rotary_emb(wide, positions)}
             if wider.get("attention_mask") is not None and wider["attention_mask"].is_floating_point():

@@ -90,8 +90,12 @@ def test_the_device_is_asked_for_every_second_token_and_answers_later():
     """Never for the token that was just queued: the host would wait for it."""
     asked, answered, end = [], [], 7
     watch = generation._StopWatch(SimpleNamespace(type="cuda"))
-    watch.ask = lambda unfinished: (asked.append(step), (unfinished, step))[1]
-    watch.answer = lambda unfinished, of: (answered.append((step, of)), bool(unfinished.any()))[1]
+
+    def ask(unfinished):
+        asked.append(step)
+        return unfinished.any(), SimpleNamespace(synchronize=lambda of=step: answered.append((step, of)))
+
+    watch.ask = ask
     for step in range(1, 40):
         if watch.stopped(torch.tensor([step < end, False])):
             break
