@@ -39,31 +39,14 @@ if llava15_kernels.__version__ != __version__:
         f"llava15_fast {__version__} found llava15_kernels {llava15_kernels.__version__} at {llava15_kernels.__file__}: "
         "both come from one installation, reinstall it"
     )
-if Path(llava15_kernels.__file__).parents[1] not in ((_root := Path(__file__).parents[1]), _root / "kernels"):
-    logging.getLogger(__name__).warning(
-        "llava15_fast of %s runs with llava15_kernels of %s: two installations are mixed",
-        _root,
-        Path(llava15_kernels.__file__).parents[1],
-    )
+_root, _kernels = Path(__file__).parents[1], Path(llava15_kernels.__file__).parents[1]
+if _kernels not in (_root, _root / "kernels"):
+    _mixed = "llava15_fast of %s runs with llava15_kernels of %s: two installations are mixed"
+    logging.getLogger(__name__).warning(_mixed, _root, _kernels)
 
 __all__ = [
-    "LlavaOnevision1_5Config",
-    "LlavaOnevision1_5ForConditionalGeneration",
-    "LlavaOnevision1_5Model",
-    "LlavaOnevision1_5Processor",
-    "LlavaOnevision1_5TextConfig",
-    "LlavaOnevision1_5VisionConfig",
-    "LlavaOnevision1_5VisionModel",
-    "PatchError",
-    "PatchHandle",
-    "Report",
-    "Verification",
-    "disable",
-    "enable",
-    "modeling",
-    "patch",
-    "patched",
-    "unpatch",
-    "verify",
-    "warmup",
-]
+    "LlavaOnevision1_5Config", "LlavaOnevision1_5ForConditionalGeneration", "LlavaOnevision1_5Model",
+    "LlavaOnevision1_5Processor", "LlavaOnevision1_5TextConfig", "LlavaOnevision1_5VisionConfig",
+    "LlavaOnevision1_5VisionModel", "PatchError", "PatchHandle", "Report", "Verification", "disable", "enable", "modeling",
+    "patch", "patched", "unpatch", "verify", "warmup",
+]  # fmt: skip

@@ -13,7 +13,6 @@ random generator after sampling that ended early is not specified: tokens beyond
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections import deque
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from ..model.modeling import LlavaOnevision1_5ForConditionalGeneration, LlavaOne
 from ..model.releases import CACHE
 from . import limits, text
 from .guards import methods_guard, roots_guard
-from .request import Request, current, opened
+from .request import Request, as_request, current, opened
 from .runtime import FAST, FastModule, original, runtime_of, stands_for
 
 METHOD = "generate"
@@ -53,14 +52,14 @@ PURE_PROCESSORS = frozenset(getattr(logits_process, name) for name in _PURE.spli
 class FastModel(FastModule, LlavaOnevision1_5Model):
     @functools.wraps(LlavaOnevision1_5Model.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return _as_request(FastModel, self, args, kwargs)
+        return as_request(FastModel, self, args, kwargs)
 
 
 @stands_for(LlavaOnevision1_5ForConditionalGeneration)
 class FastForConditionalGeneration(FastModule, LlavaOnevision1_5ForConditionalGeneration):
     @functools.wraps(LlavaOnevision1_5ForConditionalGeneration.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return _as_request(FastForConditionalGeneration, self, args, kwargs)
+        return as_request(FastForConditionalGeneration, self, args, kwargs)
 
     @functools.wraps(LlavaOnevision1_5ForConditionalGeneration.generate)
     def generate(self, *args: Any, custom_generate: Any = None, **kwargs: Any) -> Any:
@@ -105,24 +104,6 @@ class FastForConditionalGeneration(FastModule, LlavaOnevision1_5ForConditionalGe
         sample = original(FastForConditionalGeneration, self, "_sample")
         settings = logits_processor, stopping_criteria, generation_config, synced_gpus, streamer
         return sample(self, input_ids, *settings, **model_kwargs)
-
-
-PARAMETERS = {
-    patched: list(inspect.signature(patched.forward).parameters)[1:] for patched in (FastModel, FastForConditionalGeneration)
-}
-
-
-def _as_request(patched: type, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The forward, as a part of the request that it belongs to, or as one of its own."""
-    forward = original(patched, module, "forward")
-    if torch.compiler.is_compiling():
-        return forward(module, *args, **kwargs)
-    given = {**dict(zip(PARAMETERS[patched], args, strict=False)), **kwargs}
-    cache = given.get("past_key_values") if given.get("cache") is None else given["cache"]
-    if current(module, cache) is not None:
-        return forward(module, *args, **kwargs)
-    with opened(Request(module, mask=given.get("attention_mask"), reads_padding=given.get("labels") is not None)):
-        return forward(module, *args, **kwargs)
 
 
 def _methods_guard(model: FastForConditionalGeneration) -> str | None:

@@ -55,7 +55,7 @@ class TextLayout:
         position_ids: (1, T), of the rows.
         rows: (T,) indices of the tokens in the flattened (B, L); None when none is padding.
         slots: (1, T) rows of the flattened cache (B * capacity) that they are written to; None without a cache.
-        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: segments for the varlen attention, or None.
+        segments: the varlen attention's cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, or None.
         total_k: rows that the segments of the keys cover.
         cache_seqlens, cache_leftpad: (B,) int32 for attention split over the cache, or None.
     """
@@ -63,10 +63,7 @@ class TextLayout:
     position_ids: torch.Tensor
     rows: torch.Tensor | None = None
     slots: torch.Tensor | None = None
-    cu_seqlens_q: torch.Tensor | None = None
-    cu_seqlens_k: torch.Tensor | None = None
-    max_seqlen_q: int = 0
-    max_seqlen_k: int = 0
+    segments: tuple[torch.Tensor, torch.Tensor, int, int] | None = None
     total_k: int = 0
     cache_seqlens: torch.Tensor | None = None
     cache_leftpad: torch.Tensor | None = None
@@ -85,7 +82,6 @@ class Spans:
         self.spans, self.past, self.length = spans, past, length
         self.starts = [max(start, past) for start, _ in spans]
         self.ends = [max(end, past) for _, end in spans]
-
         self.is_empty = self.starts == self.ends
         self.is_full = all(start == past for start in self.starts) and all(end == past + length for end in self.ends)
 
@@ -109,13 +105,13 @@ def prompt_layout(tokens: Spans, position_ids: torch.Tensor, capacity: int | Non
     if capacity is None and tokens.is_full:
         length = tokens.length
         bounds = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
-        return TextLayout(position_ids, None, None, bounds, bounds, length, length, batch * length)
+        return TextLayout(position_ids, segments=(bounds, bounds, length, length), total_k=batch * length)
     rows = None if tokens.is_full else tokens.indices(tokens.length, tokens.past, device)
     if rows is not None:
         position_ids = position_ids[:, rows]
     if capacity is None:
         lengths = [end - start for start, end in tokens.spans]
-        return TextLayout(position_ids, rows, None, **_segments(lengths, lengths, device))
+        return TextLayout(position_ids, rows, None, _segments(lengths, lengths, device), sum(lengths))
     # The cache's rows are cut into segments too: what lies between the prompts is nobody's, and no query sees it.
     lengths_q, lengths_k, covered = [], [], 0
     for b, (start, end) in enumerate(tokens.spans):
@@ -124,7 +120,7 @@ def prompt_layout(tokens: Spans, position_ids: torch.Tensor, capacity: int | Non
         lengths_k += [first - covered, end - start]
         covered = first + end - start
     slots = tokens.indices(capacity, 0, device)[None]
-    return TextLayout(position_ids, rows, slots, **_segments(lengths_q, lengths_k, device))
+    return TextLayout(position_ids, rows, slots, _segments(lengths_q, lengths_k, device), covered)
 
 
 def decode_numbers(starts: Sequence[int], past: int, length: int, capacity: int) -> torch.Tensor:
@@ -140,10 +136,10 @@ def decode_layout(position_ids: torch.Tensor, numbers: torch.Tensor, batch: int)
     return TextLayout(position_ids, slots=slots[None], cache_seqlens=seqlens, cache_leftpad=leftpad)
 
 
-def _segments(lengths_q: list[int], lengths_k: list[int], device: torch.device) -> dict[str, Any]:
-    """The varlen attention's arguments. Pairs of empty segments are left out."""
+def _segments(
+    lengths_q: list[int], lengths_k: list[int], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """Pairs of empty segments are left out."""
     pairs = [pair for pair in zip(lengths_q, lengths_k, strict=True) if pair != (0, 0)]
-    rows = [[0, *accumulate(lengths)] for lengths in (zip(*pairs, strict=True) if pairs else ((), ()))]
-    bounds = send(torch.tensor(rows, dtype=torch.int32, device="cpu"), device)
-    longest = {"max_seqlen_q": max(lengths_q), "max_seqlen_k": max(lengths_k), "total_k": sum(lengths_k)}
-    return {"cu_seqlens_q": bounds[0], "cu_seqlens_k": bounds[1], **longest}
+    rows = [[0, *accumulate(lengths)] for lengths in zip(*pairs, strict=True)]
+    return (*send(torch.tensor(rows, dtype=torch.int32, device="cpu"), device), max(lengths_q), max(lengths_k))

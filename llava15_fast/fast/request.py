@@ -11,15 +11,19 @@ changes in the middle of a request is seen by the next one.
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import nn
 
 from .guards import Facts, Table
 from .kv_cache import Loan
 from .layout import Padding
+from .runtime import original
 
 _current: ContextVar[Request | None] = ContextVar("llava15_request", default=None)
 
@@ -98,3 +102,21 @@ def opened(request: Request) -> Iterator[Request]:
         yield request
     finally:
         _current.reset(token)
+
+
+@functools.cache
+def _parameters(patched: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(patched.forward).parameters)[1:]
+
+
+def as_request(patched: type, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The original forward, as a part of the request that it belongs to, or as one of its own."""
+    forward = original(patched, module, "forward")
+    if torch.compiler.is_compiling():
+        return forward(module, *args, **kwargs)
+    given = {**dict(zip(_parameters(patched), args, strict=False)), **kwargs}
+    cache = given.get("past_key_values") if given.get("cache") is None else given["cache"]
+    if current(module, cache) is not None:
+        return forward(module, *args, **kwargs)
+    with opened(Request(module, mask=given.get("attention_mask"), reads_padding=given.get("labels") is not None)):
+        return forward(module, *args, **kwargs)

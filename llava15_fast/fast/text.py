@@ -348,6 +348,6 @@ class Run:
             attended = flash_attn_with_kvcache(q.view(self.batch, -1, self.heads[0], head_dim), *storage, **options)
         else:
             keys = k[0] if storage is None else keys
-            lengths = layout.cu_seqlens_q, layout.cu_seqlens_k, layout.max_seqlen_q, layout.max_seqlen_k
-            attended = flash_attn_varlen_func(q[0], keys[: layout.total_k], values[: layout.total_k], *lengths, **options)
+            covered = keys[: layout.total_k], values[: layout.total_k]
+            attended = flash_attn_varlen_func(q[0], *covered, *layout.segments, **options)
         return attended.view(normed.shape[0], -1)

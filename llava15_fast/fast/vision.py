@@ -26,7 +26,7 @@ from llava15_kernels.vision_rope import apply_rope_tables, vision_rope_tables
 from ..model.modeling import LlavaOnevision1_5VisionModel, VisionLayout
 from . import limits
 from .guards import EMBED, ENCODE, MERGE, Facts, Table, call_guard
-from .request import Request, current, opened
+from .request import as_request, current
 from .runtime import FastModule, Runtime, original, runtime_of, stands_for, with_room
 
 METHODS = {name: getattr(LlavaOnevision1_5VisionModel, name) for name in ("embed_patches", "encode", "merge_patches")}
@@ -36,13 +36,7 @@ METHODS = {name: getattr(LlavaOnevision1_5VisionModel, name) for name in ("embed
 class FastVisionModel(FastModule, LlavaOnevision1_5VisionModel):
     @functools.wraps(LlavaOnevision1_5VisionModel.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return super().forward(*args, **kwargs)
-        forward = original(FastVisionModel, self, "forward")
-        if current(self) is not None:
-            return forward(self, *args, **kwargs)
-        with opened(Request(self)):
-            return forward(self, *args, **kwargs)
+        return as_request(FastVisionModel, self, args, kwargs)
 
     def embed_patches(self, pixel_values: torch.Tensor, layout: VisionLayout) -> torch.Tensor:
         """The convolution sees one patch at a time: a matrix product, several times faster as one."""
