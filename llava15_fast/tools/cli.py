@@ -14,15 +14,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, logging
 
-import llava15_kernels
+from llava15_kernels import INTERPRETED
 
 from .. import LlavaOnevision1_5Config, patch, verify, warmup
 from ..model.processing import read_image
@@ -41,8 +40,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What `generate` gave: the new token ids of the one prompt, their text, and the seconds it took."""
 
     ids: list[int]
@@ -115,25 +113,23 @@ def load(folder: str | Path) -> tuple[Any, Any]:
 
     Raises:
         OSError: the folder, or a file in it, is missing or cannot be read.
-        ValueError: it holds another model, or not all and only this one's tensors and placeholder tokens.
+        ValueError: it holds another model, or tensors or placeholder tokens are not this model's.
     """
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     if not Path(folder).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(folder)):
         raise FileNotFoundError(f"no checkpoint folder {str(folder)!r}")
-    config, expected = AutoConfig.from_pretrained(folder), LlavaOnevision1_5Config
-    if not isinstance(config, expected):
-        raise ValueError(f"{folder} holds a model of type {config.model_type!r}, expected {expected.model_type!r}")
+    config, known = AutoConfig.from_pretrained(folder), LlavaOnevision1_5Config
+    if not isinstance(config, known):
+        raise ValueError(f"{folder} holds a model of type {config.model_type!r}, expected {known.model_type!r}")
     processor = AutoProcessor.from_pretrained(folder)
     placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
     model, report = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", output_loading_info=True, **placement)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{folder} lacks {len(missing)} tensors, {missing[0]} the first: the answer would be noise")
     if unexpected := sorted(report["unexpected_keys"]):
-        raise ValueError(
-            f"{folder} has {len(unexpected)} tensors that its configuration has no place for, {unexpected[0]} the first: the "
-            "answer would not be this model's"
-        )
+        problem = f"{len(unexpected)} tensors that its configuration has no place for, {unexpected[0]} the first"
+        raise ValueError(f"{folder} has {problem}: the answer would not be this model's")
     for kind in ("image", "video"):
         expected, found = getattr(config, f"{kind}_token_id"), getattr(processor, f"{kind}_token_id")
         if expected != found or processor.tokenizer.encode(getattr(processor, f"{kind}_token")) != [expected]:
@@ -173,10 +169,6 @@ def assets_folder() -> Path:
     raise FileNotFoundError(f"no assets folder beside {here}")
 
 
-def _samples() -> list[Path]:
-    return sorted((assets_folder() / "samples").glob("*.png"))
-
-
 def _generate(arguments: argparse.Namespace) -> int:
     """Loads a checkpoint, patches it and answers a prompt about the images, all of them in one prompt. The answer goes to
     stdout; the time and the table of what ran go to stderr."""
@@ -192,18 +184,17 @@ def _generate(arguments: argparse.Namespace) -> int:
     print(answer.text)
     state = "not patched" if handle is None else f"patched\n{handle.report()}"
     print(f"{len(answer.ids)} tokens in {answer.seconds:.2f} s, {state}", file=sys.stderr)
-    if not arguments.compare:
-        return 0
-    same = plain.ids == answer.ids
-    verdict = "identical" if same else "DIFFERENT"
-    print(f"unpatched: {plain.text!r} in {plain.seconds:.2f} s; token ids {verdict}", file=sys.stderr)
+    same = plain is None or plain.ids == answer.ids
+    if arguments.compare:
+        verdict = "identical" if same else "DIFFERENT"
+        print(f"unpatched: {plain.text!r} in {plain.seconds:.2f} s; token ids {verdict}", file=sys.stderr)
     return 0 if same else 1
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     """Answers a prompt unpatched and patched and compares both with a run in higher precision: errors of every block and of
     the logits, the first token that differs, and a verdict. The exit status is 1 if that is bad."""
-    images = arguments.image or _samples()[:1]
+    images = arguments.image or sorted((assets_folder() / "samples").glob("*.png"))[:1]
     for image in images:
         read_image(image)  # before a large checkpoint is loaded
     model, processor = load(arguments.model)
@@ -238,8 +229,9 @@ def _warmup(arguments: argparse.Namespace) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     """Asks the small trained checkpoint that ships with the project about the sample images, patches it, asks again and
     compares. The exit status is 1 if any token id differs."""
-    model, processor = load(assets_folder() / "scenes_checkpoint")
-    images = _samples()[: arguments.images]
+    assets = assets_folder()
+    model, processor = load(assets / "scenes_checkpoint")
+    images = sorted((assets / "samples").glob("*.png"))[: arguments.images]
     unpatched = [ask(model, processor, PROMPT, [image], 64) for image in images]
     handle = patch(model, arguments.backend)
     stdout = Console(highlight=False, markup=False)
@@ -253,17 +245,11 @@ def _demo(arguments: argparse.Namespace) -> int:
         stdout.print(f"  patched    {after.text!r}  {after.seconds:.2f} s")
         stdout.print(f"  token ids  {'identical' if identical else 'DIFFERENT'}", style="" if identical else "red")
     print(handle.report())
-    if arguments.backend == "auto" and model.device.type == "cpu" and not llava15_kernels.INTERPRETED:
+    if arguments.backend == "auto" and model.device.type == "cpu" and not INTERPRETED:
         stdout.print("\nThe same through the Triton kernels, in Triton's interpreter:")
         sys.stdout.flush()
-        same &= _demo_interpreted() == 0
+        # In a process of its own: Triton decides at import whether it interprets.
+        command = [sys.executable, "-m", "llava15_fast", "demo", "--backend", "triton", "--images", "1"]
+        variables = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        same &= subprocess.run(command, env=variables, check=False).returncode == 0
     return 0 if same else 1
-
-
-def _demo_interpreted() -> int:
-    """The demo on one image in a process of its own: Triton decides at import whether it interprets."""
-    command = [sys.executable, "-m", "llava15_fast", "demo", "--backend", "triton", "--images", "1"]
-    packages = [str(Path(__file__).resolve().parents[2]), str(Path(llava15_kernels.__file__).parents[1])]
-    path = os.pathsep.join([*packages, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    return subprocess.run(command, env=environment, check=False).returncode

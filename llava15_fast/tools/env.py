@@ -19,27 +19,28 @@ from llava15_kernels._dispatch import INTERPRETED, default_backend
 
 from ..versions import DECLARED, installed, is_inside
 
-PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "safetensors", "pillow")
-"""Packages whose versions matter."""
-
 OPTIONAL = ("peft", "torchao", "kernels")
-"""The same, where they are installed."""
+PACKAGES = ("python", "torch", "triton", "transformers", "accelerate", "numpy", "safetensors", "pillow", *OPTIONAL)
+"""Packages whose versions matter, the last ones where they are installed."""
+
+RUNS = {
+    "cuda": "the Triton kernels, on the GPU",
+    "interpreter": "the Triton kernels, in Triton's interpreter (slow: for tests)",
+    "cpu": "their eager counterparts in torch, on the CPU",
+}
 
 
 def environment() -> dict[str, Any]:
     """Everything that `llava15-fast env` shows, as JSON can hold it. Touches no GPU's memory."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    own = {
-        module.__name__: f"{module.__version__}, {Path(module.__file__).parent}" for module in (llava15_fast, llava15_kernels)
-    }
     return {
-        **own,
+        **{own.__name__: f"{own.__version__}, {Path(own.__file__).parent}" for own in (llava15_fast, llava15_kernels)},
         "system": platform.platform(),
-        "versions": [_version(name) for name in ("python", *PACKAGES, *OPTIONAL)],
+        "versions": [_version(name) for name in PACKAGES],
         "build": {"cuda": torch.version.cuda, "hip": torch.version.hip, "driver": _driver() if torch.version.cuda else None},
         "devices": [_device(index) for index in range(torch.cuda.device_count())],
         "backend": default_backend(device),
-        "runs": _what_runs(device),
+        "runs": RUNS["cuda" if device.type == "cuda" else "interpreter" if INTERPRETED else "cpu"],
         "interpreter": INTERPRETED,
         "kernel_cache": _cache_folder(),
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(("TRITON_", "LLAVA15_"))},
@@ -97,20 +98,10 @@ def _device(index: int) -> dict[str, Any]:
     return {"index": index, "name": found.name, "capability": capability, "memory_gib": memory}
 
 
-def _what_runs(device: torch.device) -> str:
-    if device.type == "cuda":
-        return "the Triton kernels, on the GPU"
-    if INTERPRETED:
-        return "the Triton kernels, in Triton's interpreter (slow: for tests)"
-    return "their eager counterparts in torch, on the CPU"
-
-
 def _cache_folder() -> dict[str, Any]:
     """Where Triton keeps compiled kernels, and whether they will be kept."""
-    name = triton.knobs.cache.dir
-    if not name:  # TRITON_CACHE_DIR is set to nothing: Triton refuses to compile
-        return {"folder": "", "writable": False}
-    folder = Path(name)
-    # Triton makes the folder when it needs it.
+    folder = Path(triton.knobs.cache.dir)
+    # Triton makes the folder when it needs it; with TRITON_CACHE_DIR set to nothing it refuses to compile.
     present = next(path for path in (folder, *folder.parents) if path.exists())
-    return {"folder": str(folder), "writable": present.is_dir() and os.access(present, os.W_OK | os.X_OK)}
+    writable = present.is_dir() and os.access(present, os.W_OK | os.X_OK)
+    return {"folder": triton.knobs.cache.dir, "writable": bool(triton.knobs.cache.dir) and writable}
