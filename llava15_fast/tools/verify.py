@@ -20,7 +20,7 @@ the new tokens.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -78,20 +78,18 @@ class Comparison:
         # Adding 0.3 and taking it away is two roundings near 0; the norm of one rounding stands for each.
         for order, *rounding in ((torch.inf, rounded + 0.3 - 0.3, rounded), (2, rounded, reference)):
             size = float(torch.linalg.vector_norm(reference, order)) or 1.0
-            error, eager_error = _norm(ours, reference, order), _norm(eager, reference, order)
-            if eager.dtype == torch.float32:
-                bound = max(1e-5 * size, 2 * eager_error)
-            else:
-                bound = 2 * (eager_error + _norm(*rounding, order))
             unit = 1.0 if order == torch.inf else size
-            numbers += [error / unit, eager_error / unit, bound / unit]
+            pairs = (ours, reference), (eager, reference), rounding
+            error, eager_error, rounding_error = (_norm(x.double() - y.double(), order) / unit for x, y in pairs)
+            least = 1e-5 * (size / unit)
+            exact = eager.dtype == torch.float32
+            numbers += [error, eager_error, max(least, 2 * eager_error) if exact else 2 * (eager_error + rounding_error)]
         return cls(name, *numbers, worst(ours, reference)[1], tuple(reference.shape))
 
 
-def _norm(x: Tensor, y: Tensor, order: float) -> float:
-    """Of the difference: the largest (inf) or the root of the sum of squares (2). NaN counts as infinite."""
-    difference = torch.nan_to_num(x.double() - y.double(), nan=torch.inf, posinf=torch.inf)
-    return float(torch.linalg.vector_norm(difference, order))
+def _norm(error: Tensor, order: float) -> float:
+    """Its largest value (inf) or the root of the sum of squares (2). NaN counts as infinite."""
+    return float(torch.linalg.vector_norm(torch.nan_to_num(error, nan=torch.inf, posinf=torch.inf), order))
 
 
 @dataclass(frozen=True)
@@ -233,10 +231,9 @@ def _verify(model: nn.Module, root: nn.Module, inputs: Inputs, max_new_tokens: i
     counted = answer[:, : ids.shape[1]] >= 0
     cast = [x[counted].to(weight.dtype) for x in (ours_logits, logits)]
     parts.append(Comparison.of("logits", *cast, exact_logits[counted]))
-
     differences = partial(_differences, weight.dtype, (logits.double() - exact_logits.double()).abs().amax(-1))
-    forced = differences(_margins(logits), ours_logits.argmax(-1), logits.argmax(-1), counted)
-    generated = differences(margins, ours_answer, answer, (ours_answer != answer).cumsum(-1) == 1)
+    forced = tuple(differences(_margins(logits), ours_logits.argmax(-1), logits.argmax(-1), counted))
+    generated = tuple(differences(margins, ours_answer, answer, (ours_answer != answer).cumsum(-1) == 1))
     return Verification(weight.dtype, ran, tuple(parts), forced, generated, int(counted.sum()), tuple(_notes(ran)))
 
 
@@ -253,14 +250,12 @@ def _padded(ids: Tensor, eos: int | list[int] | None, length: int) -> Tensor:
 
 def _differences(
     dtype: torch.dtype, distances: Tensor, margins: Tensor, ours: Tensor, eager: Tensor, among: Tensor
-) -> tuple[Difference, ...]:
+) -> Iterator[Difference]:
     """Of token ids (B, steps), where `among` is true; `margins` and `distances` end with the longest answer of eager."""
-    found = []
     for prompt, step in ((ours != eager) & among).nonzero().tolist():
         at = prompt, min(step, margins.shape[1] - 1)
         tokens, margin, distance = (int(x[prompt, step]) for x in (ours, eager)), float(margins[at]), float(distances[at])
-        found.append(Difference(prompt, step, *tokens, margin, distance, dtype != torch.float32 and margin < 2 * distance))
-    return tuple(found)
+        yield Difference(prompt, step, *tokens, margin, distance, dtype != torch.float32 and margin < 2 * distance)
 
 
 def _blocks(root: nn.Module, inputs: Inputs, backend: str, ran: dict[str, str]) -> list[Comparison]:
@@ -342,18 +337,19 @@ def _positions(mask: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _cast(dtype: torch.dtype, *modules: nn.Module) -> Iterator[None]:
-    """The modules' parameters have another dtype meanwhile."""
-    saved: list[tuple[nn.Parameter, Tensor]] = []
-    try:
-        for parameter in nn.ModuleList(modules).parameters():
-            if parameter.is_floating_point():
-                saved.append((parameter, parameter.data))
-                parameter.data = parameter.data.to(dtype)
+def _meanwhile(name: str, values: Iterable[tuple[Any, Any]]) -> Iterator[None]:
+    """The attribute `name` of every owner has another value."""
+    with contextlib.ExitStack() as stack:
+        for owner, value in values:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
         yield
-    finally:
-        for parameter, data in saved:
-            parameter.data = data
+
+
+def _cast(dtype: torch.dtype, *modules: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """The modules' parameters have another dtype."""
+    parameters = [parameter for parameter in nn.ModuleList(modules).parameters() if parameter.is_floating_point()]
+    return _meanwhile("data", ((parameter, parameter.data.to(dtype)) for parameter in parameters))
 
 
 @contextlib.contextmanager
@@ -363,8 +359,7 @@ def _in_precision(root: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     blocks = [visual.patch_embed, visual.pre_layernorm, *visual.blocks, visual.merger]
     with contextlib.ExitStack() as hooks, contextlib.ExitStack() as running:
         for block in (*blocks, *language.layers, language.norm, root.lm_head):
-            begin = block.register_forward_pre_hook(lambda module, args: running.enter_context(_cast(dtype, module)))
-            hooks.enter_context(begin)
+            hooks.enter_context(block.register_forward_pre_hook(lambda module, _: running.enter_context(_cast(dtype, module))))
             hooks.enter_context(block.register_forward_hook(lambda *_: running.close()))
         # Exact, and without a copy of the table.
         embedding = root.get_input_embeddings()
@@ -372,32 +367,19 @@ def _in_precision(root: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _meanwhile(name: str, value: str, owners: Sequence[Any]) -> Iterator[None]:
-    """The attribute `name` of the owners has another value."""
-    before = [getattr(owner, name) for owner in owners]
-    try:
-        for owner in owners:
-            setattr(owner, name, value)
-        yield
-    finally:
-        for owner, old in zip(owners, before, strict=True):
-            setattr(owner, name, old)
-
-
 def exact_float32() -> contextlib.AbstractContextManager[None]:
     """float32 products are computed in float32; convolutions on a GPU are not, by default."""
     backends = torch.backends
     # By these: the older settings raise as soon as someone has used these.
     settings = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
-    return _meanwhile("fp32_precision", "ieee", settings)
+    return _meanwhile("fp32_precision", [(setting, "ieee") for setting in settings])
 
 
 def _attention_that_computes_in_any_dtype(root: nn.Module) -> contextlib.AbstractContextManager[None]:
     """FlashAttention has no float32: "sdpa" stands for it in eager and in the reference."""
     configs = [module.config for module in (root.model.visual, root.model.language_model)]
-    others = [config for config in configs if config._attn_implementation not in ("eager", "sdpa")]
-    return _meanwhile("_attn_implementation", "sdpa", others)
+    others = [(config, "sdpa") for config in configs if config._attn_implementation not in ("eager", "sdpa")]
+    return _meanwhile("_attn_implementation", others)
 
 
 def _reference_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -13,14 +13,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+# Prompt lengths whose caches are split into different numbers of runs; numbers of prompts that leave few runs to each, and at
+# last one; images of 560 x 560 and 1120 x 1120: with and without a CUDA graph.
 PROMPTS = (33, 600, 1700, 3500)
-"""Prompt lengths whose caches are split into different numbers of runs."""
-
 BATCHES = (2, 16, 32, 64)
-"""Numbers of prompts that leave few runs to each, and at last one."""
-
 GRIDS = ((40, 40), (80, 80))
-"""Images of 560 x 560 and 1120 x 1120: with and without a CUDA graph."""
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
