@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from ..fast.runtime import runtime_of
@@ -43,17 +43,15 @@ class Report:
     rows: tuple[ReportRow, ...]
 
     def __rich__(self) -> Table:
-        table = Table(title="llava15_fast")
-        for heading in ("module", "kernel", "ran (calls)", "original ran instead (calls)"):
-            table.add_column(heading, overflow="fold")
+        headings = ("module", "kernel", "ran (calls)", "original ran instead (calls)")
+        table = Table(*(Column(heading, overflow="fold") for heading in headings), title="llava15_fast")
         for row in self.rows:
             ran, fallbacks = ("\n".join(f"{what} ({n})" for what, n in calls.items()) for calls in (row.ran, row.fallbacks))
             nothing = "-" if fallbacks else f"not called yet ({row.backend})"
             table.add_row(row.path, "\n".join(row.kernels), ran or nothing, fallbacks or "-")
         return table
 
-    def __repr__(self) -> str:
-        return as_text(self)
+    __repr__ = as_text
 
 
 class PatchHandle:

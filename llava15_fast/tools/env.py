@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import triton
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 import llava15_fast
@@ -49,9 +49,7 @@ def environment() -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> Table:
     """`environment()` for people."""
-    rows = Table(title="llava15-fast env", show_header=False)
-    rows.add_column()
-    rows.add_column(overflow="fold")
+    rows = Table(Column(), Column(overflow="fold"), title="llava15-fast env", show_header=False)
 
     def row(name: str, *parts: str | tuple[str, str]) -> None:
         rows.add_row(Text(name), Text.assemble(*parts))  # paths may hold what rich takes for markup

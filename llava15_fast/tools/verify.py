@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 
 from llava15_kernels._dispatch import Backend, default_backend
@@ -144,10 +144,9 @@ class Verification:
 
     def __rich__(self) -> Group:
         dtype, reference = (str(x).removeprefix("torch.") for x in (self.dtype, _reference_dtype(self.dtype)))
-        blocks = Table(title=f"errors against {reference}, {dtype} model")
-        blocks.add_column("part", overflow="fold")
-        for heading in ("patched", "eager", "allowed", "patched, relative", "eager, relative", ""):
-            blocks.add_column(heading, justify="right")
+        headings = ("patched", "eager", "allowed", "patched, relative", "eager, relative", "")
+        columns = Column("part", overflow="fold"), *(Column(heading, justify="right") for heading in headings)
+        blocks = Table(*columns, title=f"errors against {reference}, {dtype} model")
         for part in self.parts:
             numbers = (part.ours, part.eager, part.bound, part.ours_relative, part.eager_relative)
             blocks.add_row(part.name, *(f"{number:.1e}" for number in numbers), "ok" if part.ok else "[red]BAD[/red]")
@@ -164,8 +163,7 @@ class Verification:
         lines += [f"outside the rule: {failure}" for failure in self.failures[:8]]
         return Group(blocks, *lines, f"verdict: {'ok' if self.ok else 'BAD'}")
 
-    def __repr__(self) -> str:
-        return as_text(self)
+    __repr__ = as_text
 
 
 def verify(
@@ -324,11 +322,10 @@ def _forced_logits(root: nn.Module, inputs: Inputs, ids: Tensor) -> Tensor:
 def _logits_at_once(root: nn.Module, inputs: Inputs, ids: Tensor) -> Tensor:
     """What `_forced_logits` gives, by one forward over prompt and answer."""
     answer = ids[:, :-1]
-    mask = torch.cat([inputs["attention_mask"], torch.ones_like(answer)], dim=1)
-    whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], answer], dim=1), "attention_mask": mask}
-    if (types := inputs.get("mm_token_type_ids")) is not None:
-        whole["mm_token_type_ids"] = torch.cat([types, torch.zeros_like(answer)], dim=1)
-    return root(**whole, position_ids=_positions(mask), use_cache=False, logits_to_keep=ids.shape[1]).logits
+    more = {"input_ids": answer, "attention_mask": torch.ones_like(answer), "mm_token_type_ids": torch.zeros_like(answer)}
+    whole = inputs | {name: torch.cat([inputs[name], x], dim=1) for name, x in more.items() if name in inputs}
+    positions = _positions(whole["attention_mask"])
+    return root(**whole, position_ids=positions, use_cache=False, logits_to_keep=ids.shape[1]).logits
 
 
 def _positions(mask: Tensor) -> Tensor:
