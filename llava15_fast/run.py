@@ -24,40 +24,32 @@ USAGE = "usage: python -m llava15_fast.run (-m MODULE | SCRIPT) [ARGS...]"
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] in ("-h", "--help"):
+    if arguments[:1] in (["-h"], ["--help"]):
         print(__doc__)
         return
     as_module = arguments[:1] == ["-m"]
-    rest = arguments[1:] if as_module else arguments
-    if not rest or rest[0].startswith("-"):
+    program = arguments[1:] if as_module else arguments
+    if not program or program[0].startswith("-"):
         raise SystemExit(USAGE)
     try:
         enable(os.environ.get("LLAVA15_FAST_BACKEND", "auto"))
     except ValueError as error:
         raise SystemExit(f"LLAVA15_FAST_BACKEND: {error}") from None
-    if not as_module and not Path(rest[0]).exists():
-        raise SystemExit(f"no program {rest[0]!r}\n{USAGE}")
-    if as_module and not _exists(rest[0]):
-        raise SystemExit(f"no module named {rest[0]!r}\n{USAGE}")
-    logger = logging.getLogger("llava15_fast")
-    logger.addHandler(_UntilConfigured())
+    if not (_exists(program[0]) if as_module else Path(program[0]).exists()):
+        raise SystemExit(f"no {'module named' if as_module else 'program'} {program[0]!r}\n{USAGE}")
+    handler, logger = logging.StreamHandler(), logging.getLogger("llava15_fast")
+    # Silent as soon as the program has set up logging of its own, which then shows the same.
+    handler.addFilter(lambda record: not logging.getLogger().handlers)
+    logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    sys.argv = rest  # run_module puts the module's file in the place of its name
+    sys.argv = program  # run_module puts the module's file in the place of its name
     if as_module:
         # `python -m` looks in the working directory first; so it did for this module.
-        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        runpy.run_module(program[0], run_name="__main__", alter_sys=True)
     else:
-        sys.path[0] = str(Path(rest[0]).resolve().parent)
+        sys.path[0] = str(Path(program[0]).resolve().parent)
         # As python gives a script its `__file__`: it may look for it in another working directory.
-        runpy.run_path(os.path.abspath(rest[0]), run_name="__main__")
-
-
-class _UntilConfigured(logging.StreamHandler):
-    """Silent as soon as the program has set up logging of its own, which then shows the same."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if not logging.getLogger().handlers:
-            super().emit(record)
+        runpy.run_path(os.path.abspath(program[0]), run_name="__main__")
 
 
 def _exists(module: str) -> bool:
@@ -65,9 +57,9 @@ def _exists(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError as error:
-        if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
-            return False
-        raise
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        return False
 
 
 if __name__ == "__main__":

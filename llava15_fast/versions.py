@@ -19,16 +19,15 @@ DECLARED = {"python": ">=3.11", "torch": ">=2.11,<2.16", "triton": ">=3.6,<3.10"
 
 
 def installed(package: str) -> str | None:
-    if package == "python":
-        return platform.python_version()
     try:
-        return importlib.metadata.version(package)
+        return platform.python_version() if package == "python" else importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def is_inside(package: str, version: str) -> bool:
-    return SpecifierSet(DECLARED[package]).contains(version, prereleases=True)
+def is_inside(version: str, declared: str) -> bool:
+    """A build of a release that was not made yet, or for some CUDA, is judged by its number."""
+    return SpecifierSet(declared).contains(version, prereleases=True)
 
 
 def check_versions() -> None:
@@ -36,16 +35,11 @@ def check_versions() -> None:
     found = {package: installed(package) for package in DECLARED}
     # Sources on the path have no metadata.
     found = {package: version for package, version in found.items() if version or find_spec(package) is None}
-    old = [package for package, version in found.items() if version is None or not _is_new_enough(package, version)]
-    if old:
+    lowest = {package: declared.split(",")[0] for package, declared in DECLARED.items()}
+    if old := [package for package, version in found.items() if not version or not is_inside(version, lowest[package])]:
         needed = ", ".join(f"{package}{DECLARED[package]}" for package in old)
         present = ", ".join(f"{package} {version or 'is missing'}" for package, version in found.items())
         raise ImportError(f"llava15_fast needs {needed}; here: {present}")
     for package, version in found.items():
-        if not is_inside(package, version):
+        if not is_inside(version, DECLARED[package]):
             logger.warning("%s %s is newer than what this was tested with: %s", package, version, DECLARED[package])
-
-
-def _is_new_enough(package: str, version: str) -> bool:
-    lowest = DECLARED[package].split(",")[0]
-    return SpecifierSet(lowest).contains(version, prereleases=True)

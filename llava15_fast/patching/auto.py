@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any
+from typing import Any, get_args
 
 from transformers.utils import is_flash_attn_2_available
 
@@ -20,7 +20,7 @@ from .targets import PatchError
 
 logger = logging.getLogger("llava15_fast")
 
-BACKENDS = ("auto", "triton", "torch")
+BACKENDS = get_args(Backend)
 
 
 def enable(backend: Backend = "auto", *, cuda_graph: bool = True) -> None:
@@ -38,9 +38,9 @@ def enable(backend: Backend = "auto", *, cuda_graph: bool = True) -> None:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {BACKENDS}")
-    model_class = LlavaOnevision1_5ForConditionalGeneration
     disable()
-    original = model_class.from_pretrained.__func__  # PreTrainedModel's, called with whatever subclass is asked for
+    # PreTrainedModel's, called with whatever subclass is asked for.
+    original = LlavaOnevision1_5ForConditionalGeneration.from_pretrained.__func__
 
     @functools.wraps(original)
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
@@ -59,11 +59,10 @@ def enable(backend: Backend = "auto", *, cuda_graph: bool = True) -> None:
             logger.info("patched %s, backend %s", type(model).__name__, backend)
         return loaded
 
-    model_class.from_pretrained = classmethod(from_pretrained)
+    LlavaOnevision1_5ForConditionalGeneration.from_pretrained = classmethod(from_pretrained)
 
 
 def disable() -> None:
     """Undoes `enable`: models are loaded as they are. Those that were patched stay so; `unpatch` is for them."""
-    model_class = LlavaOnevision1_5ForConditionalGeneration
-    if "from_pretrained" in model_class.__dict__:
-        del model_class.from_pretrained
+    if "from_pretrained" in vars(LlavaOnevision1_5ForConditionalGeneration):
+        del LlavaOnevision1_5ForConditionalGeneration.from_pretrained

@@ -1,7 +1,7 @@
 """The command line: `llava15-fast demo`, `generate`, `verify`, `warmup` and `env`.
 
 An answer goes to stdout, everything about it to stderr. A mistake is one line on stderr and exit status 2;
-LLAVA15_DEBUG=1 shows where it happened.
+LLAVA15_DEBUG=1 shows where it happened. The docstring of a command's function is its description in `--help`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,26 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
+import torch
 from rich.console import Console
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, logging
+
+from llava15_kernels import INTERPRETED
+
+from .. import LlavaOnevision1_5Config, patch, verify, warmup
+from ..model.processing import read_image
+from ..patching.auto import BACKENDS
+from .env import environment, table
 
 PROMPT = "Describe this image."
+
+MODEL = {"required": True, "metavar": "DIR", "help": "a folder in the published format, or a repository"}
+IMAGE = {"action": "append", "default": [], "metavar": "FILE"}
+BACKEND = {"choices": BACKENDS, "default": "auto", "help": "what the patched model runs"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,8 +40,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What `generate` gave: the new token ids of the one prompt, their text, and the seconds it took."""
 
     ids: list[int]
@@ -57,62 +68,37 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="llava15-fast", description="LLaVA-OneVision-1.5 with hand-written Triton kernels.")
     commands = parser.add_subparsers(required=True, metavar="demo | generate | verify | warmup | env")
 
-    demo = commands.add_parser(
-        "demo",
-        help="ask the small trained checkpoint about the sample images, without and with the kernels",
-        description="Asks the small trained checkpoint that ships with the project about the sample images, patches it, asks "
-        "again and compares. The exit status is 1 if any token id differs.",
-    )
-    demo.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto", help="what the patched model runs")
-    demo.add_argument("--images", type=_positive, default=None, metavar="N", help="only the first N sample images")
-    demo.set_defaults(run=_demo)
+    def command(run: Callable[[argparse.Namespace], int], summary: str) -> Callable[..., Any]:
+        added = commands.add_parser(run.__name__.removeprefix("_"), help=summary, description=run.__doc__)
+        added.set_defaults(run=run)
+        return added.add_argument
 
-    generate = commands.add_parser(
-        "generate",
-        help="ask a checkpoint about images",
-        description="Loads a checkpoint, patches it and answers a prompt about the images, all of them in one prompt. The "
-        "answer goes to stdout; the time and the table of what ran go to stderr.",
-    )
-    generate.add_argument("--model", required=True, metavar="DIR", help="a folder in the published format, or a repository")
-    generate.add_argument("--image", action="append", default=[], metavar="FILE", help="an image file; may be repeated")
-    generate.add_argument("--prompt", required=True, metavar="TEXT", help="what to ask")
-    generate.add_argument("--no-patch", action="store_true", help="leave the model as transformers runs it")
-    generate.add_argument("--compare", action="store_true", help="ask without and with the kernels, and compare the token ids")
-    generate.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="the longest answer (default 256)")
-    generate.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto", help="what the patched model runs")
-    generate.set_defaults(run=_generate)
+    add = command(_demo, "ask the small trained checkpoint about the sample images, without and with the kernels")
+    add("--backend", **BACKEND)
+    add("--images", type=_positive, metavar="N", help="only the first N sample images")
 
-    verify = commands.add_parser(
-        "verify",
-        help="compare the patched model with eager and with higher precision, on your weights and image",
-        description="Answers a prompt unpatched and patched and compares both with a run in higher precision: errors of every "
-        "block and of the logits, the first token that differs, and a verdict. The exit status is 1 if that is bad.",
-    )
-    verify.add_argument("--model", required=True, metavar="DIR", help="a folder in the published format, or a repository")
-    verify.add_argument("--image", action="append", default=[], metavar="FILE", help="an image file; by default a sample image")
-    verify.add_argument("--prompt", default=PROMPT, metavar="TEXT", help=f"what to ask (default {PROMPT!r})")
-    verify.add_argument("--max-new-tokens", type=_positive, default=32, metavar="N", help="the longest answer (default 32)")
-    verify.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto", help="what the patched model runs")
-    verify.set_defaults(run=_verify)
+    add = command(_generate, "ask a checkpoint about images")
+    add("--model", **MODEL)
+    add("--image", **IMAGE, help="an image file; may be repeated")
+    add("--prompt", required=True, metavar="TEXT", help="what to ask")
+    add("--no-patch", action="store_true", help="leave the model as transformers runs it")
+    add("--compare", action="store_true", help="ask without and with the kernels, and compare the token ids")
+    add("--max-new-tokens", type=_positive, default=256, metavar="N", help="the longest answer (default %(default)s)")
+    add("--backend", **BACKEND)
 
-    env = commands.add_parser(
-        "env",
-        help="versions, device, backend and kernel cache, for a bug report",
-        description="Shows versions and whether they are inside the declared ranges, the GPU, what would run, and where "
-        "compiled kernels are kept.",
-    )
-    env.add_argument("--json", action="store_true", help="as JSON")
-    env.set_defaults(run=_env)
+    add = command(_verify, "compare the patched model with eager and with higher precision, on your weights and image")
+    add("--model", **MODEL)
+    add("--image", **IMAGE, help="an image file; by default a sample image")
+    add("--prompt", default=PROMPT, metavar="TEXT", help="what to ask (default %(default)r)")
+    add("--max-new-tokens", type=_positive, default=32, metavar="N", help="the longest answer (default %(default)s)")
+    add("--backend", **BACKEND)
 
-    warmup = commands.add_parser(
-        "warmup",
-        help="compile the kernels of a checkpoint before the first request",
-        description="Loads a checkpoint, patches it and runs small requests of every kind, so that Triton's cache on disk "
-        "holds what a later process would have to wait for.",
-    )
-    warmup.add_argument("--model", required=True, metavar="DIR", help="a folder in the published format, or a repository")
-    warmup.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto", help="what the patched model runs")
-    warmup.set_defaults(run=_warmup)
+    add = command(_env, "versions, device, backend and kernel cache, for a bug report")
+    add("--json", action="store_true", help="as JSON")
+
+    add = command(_warmup, "compile the kernels of a checkpoint before the first request")
+    add("--model", **MODEL)
+    add("--backend", **BACKEND)
     return parser.parse_args(argv)
 
 
@@ -127,31 +113,23 @@ def load(folder: str | Path) -> tuple[Any, Any]:
 
     Raises:
         OSError: the folder, or a file in it, is missing or cannot be read.
+        ValueError: it holds another model, or tensors or placeholder tokens are not this model's.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, logging
-
-    from .. import LlavaOnevision1_5Config
-
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     if not Path(folder).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(folder)):
         raise FileNotFoundError(f"no checkpoint folder {str(folder)!r}")
-    config = AutoConfig.from_pretrained(folder)
-    if not isinstance(config, LlavaOnevision1_5Config):
-        raise ValueError(
-            f"{folder} holds a model of type {config.model_type!r}, expected {LlavaOnevision1_5Config.model_type!r}"
-        )
+    config, known = AutoConfig.from_pretrained(folder), LlavaOnevision1_5Config
+    if not isinstance(config, known):
+        raise ValueError(f"{folder} holds a model of type {config.model_type!r}, expected {known.model_type!r}")
     processor = AutoProcessor.from_pretrained(folder)
     placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
     model, report = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", output_loading_info=True, **placement)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{folder} lacks {len(missing)} tensors, {missing[0]} the first: the answer would be noise")
     if unexpected := sorted(report["unexpected_keys"]):
-        raise ValueError(
-            f"{folder} has {len(unexpected)} tensors that its configuration has no place for, {unexpected[0]} the first: the "
-            "answer would not be this model's"
-        )
+        problem = f"{len(unexpected)} tensors that its configuration has no place for, {unexpected[0]} the first"
+        raise ValueError(f"{folder} has {problem}: the answer would not be this model's")
     for kind in ("image", "video"):
         expected, found = getattr(config, f"{kind}_token_id"), getattr(processor, f"{kind}_token_id")
         if expected != found or processor.tokenizer.encode(getattr(processor, f"{kind}_token")) != [expected]:
@@ -162,13 +140,9 @@ def load(folder: str | Path) -> tuple[Any, Any]:
 def prepare(model: Any, processor: Any, prompt: str, images: Sequence[str | Path]) -> Any:
     """What the model is given for one prompt about `images`."""
     content = [{"type": "image", "image": str(image)} for image in images] + [{"type": "text", "text": prompt}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    ).to(model.device)
+    chat = [{"role": "user", "content": content}]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    return processor.apply_chat_template(chat, **options).to(model.device)
 
 
 def ask(model: Any, processor: Any, prompt: str, images: Sequence[str | Path], max_new_tokens: int) -> Answer:
@@ -177,8 +151,6 @@ def ask(model: Any, processor: Any, prompt: str, images: Sequence[str | Path], m
     Raises:
         ValueError: an image cannot be read.
     """
-    import torch
-
     inputs = prepare(model, processor, prompt, images)
     start = time.perf_counter()
     with torch.inference_mode():
@@ -186,68 +158,6 @@ def ask(model: Any, processor: Any, prompt: str, images: Sequence[str | Path], m
     ids = output[0, inputs["input_ids"].shape[1] :].tolist()
     seconds = time.perf_counter() - start
     return Answer(ids, processor.decode(ids, skip_special_tokens=True), seconds)
-
-
-def _generate(arguments: argparse.Namespace) -> int:
-    from .. import patch
-    from ..model.processing import read_image
-
-    if arguments.no_patch and arguments.compare:
-        raise ValueError("--compare and --no-patch exclude each other")
-    for image in arguments.image:
-        read_image(image)  # before a large checkpoint is loaded
-    model, processor = load(arguments.model)
-    question = (processor, arguments.prompt, arguments.image, arguments.max_new_tokens)
-    plain = ask(model, *question) if arguments.no_patch or arguments.compare else None
-    handle = None if arguments.no_patch else patch(model, arguments.backend)
-    answer = plain if handle is None else ask(model, *question)
-    print(answer.text)
-    state = "patched" if handle else "not patched"
-    print(f"{len(answer.ids)} tokens in {answer.seconds:.2f} s, {state}", file=sys.stderr)
-    if handle is not None:
-        print(handle.report(), file=sys.stderr)
-    if arguments.compare:
-        same = plain.ids == answer.ids
-        verdict = "identical" if same else "DIFFERENT"
-        print(f"unpatched: {plain.text!r} in {plain.seconds:.2f} s; token ids {verdict}", file=sys.stderr)
-        return 0 if same else 1
-    return 0
-
-
-def _verify(arguments: argparse.Namespace) -> int:
-    from .. import verify
-    from ..model.processing import read_image
-
-    images = arguments.image or sorted((assets_folder() / "samples").glob("*.png"))[:1]
-    for image in images:
-        read_image(image)  # before a large checkpoint is loaded
-    model, processor = load(arguments.model)
-    inputs = prepare(model, processor, arguments.prompt, images)
-    found = verify(model, inputs, max_new_tokens=arguments.max_new_tokens, backend=arguments.backend)
-    print(found)
-    return 0 if found.ok else 1
-
-
-def _env(arguments: argparse.Namespace) -> int:
-    from .env import environment, table
-
-    found = environment()
-    if arguments.json:
-        print(json.dumps(found, indent=1))
-    else:
-        Console(highlight=False).print(table(found))
-    return 0
-
-
-def _warmup(arguments: argparse.Namespace) -> int:
-    from .. import patch, warmup
-
-    model, _ = load(arguments.model)
-    handle = patch(model, arguments.backend)
-    taken = warmup(model, lambda request, seconds: print(f"{seconds:7.2f} s  {request}", flush=True))
-    print(f"{sum(taken.values()):7.2f} s  in all", flush=True)
-    print(handle.report(), file=sys.stderr)
-    return 0
 
 
 def assets_folder() -> Path:
@@ -259,42 +169,87 @@ def assets_folder() -> Path:
     raise FileNotFoundError(f"no assets folder beside {here}")
 
 
-def _demo(arguments: argparse.Namespace) -> int:
-    from .. import patch
+def _generate(arguments: argparse.Namespace) -> int:
+    """Loads a checkpoint, patches it and answers a prompt about the images, all of them in one prompt. The answer goes to
+    stdout; the time and the table of what ran go to stderr."""
+    if arguments.no_patch and arguments.compare:
+        raise ValueError("--compare and --no-patch exclude each other")
+    for image in arguments.image:
+        read_image(image)  # before a large checkpoint is loaded
+    model, processor = load(arguments.model)
+    question = (processor, arguments.prompt, arguments.image, arguments.max_new_tokens)
+    plain = ask(model, *question) if arguments.no_patch or arguments.compare else None
+    handle = None if arguments.no_patch else patch(model, arguments.backend)
+    answer = plain if handle is None else ask(model, *question)
+    print(answer.text)
+    state = "not patched" if handle is None else f"patched\n{handle.report()}"
+    print(f"{len(answer.ids)} tokens in {answer.seconds:.2f} s, {state}", file=sys.stderr)
+    same = plain is None or plain.ids == answer.ids
+    if arguments.compare:
+        verdict = "identical" if same else "DIFFERENT"
+        print(f"unpatched: {plain.text!r} in {plain.seconds:.2f} s; token ids {verdict}", file=sys.stderr)
+    return 0 if same else 1
 
+
+def _verify(arguments: argparse.Namespace) -> int:
+    """Answers a prompt unpatched and patched and compares both with a run in higher precision: errors of every block and of
+    the logits, the first token that differs, and a verdict. The exit status is 1 if that is bad."""
+    images = arguments.image or sorted((assets_folder() / "samples").glob("*.png"))[:1]
+    for image in images:
+        read_image(image)  # before a large checkpoint is loaded
+    model, processor = load(arguments.model)
+    inputs = prepare(model, processor, arguments.prompt, images)
+    found = verify(model, inputs, max_new_tokens=arguments.max_new_tokens, backend=arguments.backend)
+    print(found)
+    return 0 if found.ok else 1
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    """Shows versions and whether they are inside the declared ranges, the GPU, what would run, and where compiled kernels are
+    kept."""
+    found = environment()
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+    else:
+        Console(highlight=False).print(table(found))
+    return 0
+
+
+def _warmup(arguments: argparse.Namespace) -> int:
+    """Loads a checkpoint, patches it and runs small requests of every kind, so that Triton's cache on disk holds what a later
+    process would have to wait for."""
+    model, _ = load(arguments.model)
+    handle = patch(model, arguments.backend)
+    taken = warmup(model, lambda request, seconds: print(f"{seconds:7.2f} s  {request}", flush=True))
+    print(f"{sum(taken.values()):7.2f} s  in all", flush=True)
+    print(handle.report(), file=sys.stderr)
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    """Asks the small trained checkpoint that ships with the project about the sample images, patches it, asks again and
+    compares. The exit status is 1 if any token id differs."""
     assets = assets_folder()
     model, processor = load(assets / "scenes_checkpoint")
     images = sorted((assets / "samples").glob("*.png"))[: arguments.images]
     unpatched = [ask(model, processor, PROMPT, [image], 64) for image in images]
     handle = patch(model, arguments.backend)
-    stdout = Console(highlight=False)
+    stdout = Console(highlight=False, markup=False)
     same = True
     for image, before in zip(images, unpatched, strict=True):
         after = ask(model, processor, PROMPT, [image], 64)
         identical = before.ids == after.ids
         same &= identical
-        stdout.print(str(image), style="bold", markup=False, soft_wrap=True)
-        stdout.print(f"  unpatched  {before.text!r}  {before.seconds:.2f} s", markup=False)
-        stdout.print(f"  patched    {after.text!r}  {after.seconds:.2f} s", markup=False)
+        stdout.print(str(image), style="bold", soft_wrap=True)
+        stdout.print(f"  unpatched  {before.text!r}  {before.seconds:.2f} s")
+        stdout.print(f"  patched    {after.text!r}  {after.seconds:.2f} s")
         stdout.print(f"  token ids  {'identical' if identical else 'DIFFERENT'}", style="" if identical else "red")
     print(handle.report())
-    if arguments.backend == "auto" and model.device.type == "cpu" and not _interpreted():
+    if arguments.backend == "auto" and model.device.type == "cpu" and not INTERPRETED:
         stdout.print("\nThe same through the Triton kernels, in Triton's interpreter:")
         sys.stdout.flush()
-        same &= _demo_interpreted() == 0
+        # In a process of its own: Triton decides at import whether it interprets.
+        command = [sys.executable, "-m", "llava15_fast", "demo", "--backend", "triton", "--images", "1"]
+        variables = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        same &= subprocess.run(command, env=variables, check=False).returncode == 0
     return 0 if same else 1
-
-
-def _interpreted() -> bool:
-    from llava15_kernels import INTERPRETED
-
-    return INTERPRETED
-
-
-def _demo_interpreted() -> int:
-    """The demo on one image in a process of its own: Triton decides at import whether it interprets."""
-    command = [sys.executable, "-m", "llava15_fast", "demo", "--backend", "triton", "--images", "1"]
-    packages = [str(Path(__file__).resolve().parents[2]), str(Path(sys.modules["llava15_kernels"].__file__).parents[1])]
-    path = os.pathsep.join([*packages, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    return subprocess.run(command, env=environment, check=False).returncode

@@ -20,16 +20,16 @@ the new tokens.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from rich.console import Group
-from rich.table import Table
-from torch import nn
+from rich.table import Column, Table
+from torch import Tensor, nn
 
 from llava15_kernels._dispatch import Backend, default_backend
 from llava15_kernels.testing import worst
@@ -42,19 +42,17 @@ from ..patching.api import patch, patched, unpatch
 from ..patching.report import Report, as_text
 from ..patching.targets import find_model
 
-Part = Callable[[torch.Tensor], torch.Tensor]
+Inputs = dict[str, Tensor]
+
+ORIGINAL = "the original ran"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One part of the model against the reference: the largest absolute error and the relative one, ours beside eager's.
+    """One part of the model against the reference: our error beside eager's, and the bound that the rule sets.
 
-    Attributes:
-        name: path of the block, or what is compared.
-        ours, eager, bound: largest absolute errors, and what the rule allows.
-        ours_relative, eager_relative, relative_bound: norm of the error by norm of the reference, and what the rule allows.
-        where: coordinate of our largest error.
-        shape: of what is compared.
+    The first three are largest absolute errors, the next three norms of the error by the norm of the reference. `where` is the
+    coordinate of our largest error in what is compared, and `shape` the shape of that.
     """
 
     name: str
@@ -74,37 +72,32 @@ class Comparison:
         return finite and self.ours <= self.bound and self.ours_relative <= self.relative_bound
 
     @classmethod
-    def of(cls, name: str, ours: torch.Tensor, eager: torch.Tensor, reference: torch.Tensor) -> Comparison:
-        dtype, reference = eager.dtype, reference.double()
-        (error, where), (eager_error, _) = worst(ours, reference), worst(eager, reference)
-        size = float(torch.linalg.vector_norm(reference)) or 1.0
-        relative, eager_relative = (
-            float(torch.linalg.vector_norm(x.double() - reference)) / size if worst(x, reference)[0] < torch.inf else torch.inf
-            for x in (ours, eager)
-        )
-        if dtype == torch.float32:
-            scale = float(reference.abs().max()) or 1.0
-            bound, relative_bound = max(1e-5 * scale, 2 * eager_error), max(1e-5, 2 * eager_relative)
-        else:
-            rounded = reference.to(dtype)
-            bound = 2 * eager_error + 2 * worst(rounded + 0.3 - 0.3, rounded)[0]
-            # Adding 0.3 and taking it away is two roundings near 0; the norm of one rounding stands for each.
-            relative_bound = 2 * eager_relative + 2 * float(torch.linalg.vector_norm(rounded.double() - reference)) / size
-        return cls(
-            name, error, eager_error, bound, relative, eager_relative, relative_bound, where, tuple(reference.shape)
-        )  # fmt: skip
+    def of(cls, name: str, ours: Tensor, eager: Tensor, reference: Tensor) -> Comparison:
+        reference, rounded = reference.double(), reference.to(eager.dtype)
+        numbers: list[float] = []
+        # Adding 0.3 and taking it away is two roundings near 0; the norm of one rounding stands for each.
+        for order, *rounding in ((torch.inf, rounded + 0.3 - 0.3, rounded), (2, rounded, reference)):
+            size = float(torch.linalg.vector_norm(reference, order)) or 1.0
+            unit = 1.0 if order == torch.inf else size
+            pairs = (ours, reference), (eager, reference), rounding
+            error, eager_error, rounding_error = (_norm(x.double() - y.double(), order) / unit for x, y in pairs)
+            least = 1e-5 * (size / unit)
+            exact = eager.dtype == torch.float32
+            numbers += [error, eager_error, max(least, 2 * eager_error) if exact else 2 * (eager_error + rounding_error)]
+        return cls(name, *numbers, worst(ours, reference)[1], tuple(reference.shape))
+
+
+def _norm(error: Tensor, order: float) -> float:
+    """Its largest value (inf) or the root of the sum of squares (2). NaN counts as infinite."""
+    return float(torch.linalg.vector_norm(torch.nan_to_num(error, nan=torch.inf, posinf=torch.inf), order))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A token that is not eager's.
+    """A token that is not eager's, -1 where the answer had ended: number `step` of the answer to number `prompt`.
 
-    Attributes:
-        prompt, step: which answer, and which of its tokens.
-        ours, eager: the token ids; -1 where the answer had ended.
-        margin: of eager's two best logits there.
-        distance: of eager's logits there from the reference's.
-        allowed: whether eager was not sure itself.
+    `margin` is that of eager's two best logits there, `distance` that of its logits from the reference's, and `allowed` says
+    that eager was not sure itself.
     """
 
     prompt: int
@@ -120,14 +113,9 @@ class Difference:
 class Verification:
     """What `verify` found; `ok` is the verdict and `print` shows it as tables.
 
-    Attributes:
-        dtype: of the model.
-        backend: what ran in the patched model, per part.
-        parts: every block, the image features and the logits.
-        forced: tokens that differ when the tokens before are eager's.
-        generated: the first token that differs in each answer of `generate`.
-        tokens: how many tokens were compared.
-        notes: what could not be compared, and why.
+    `parts` are every block, the image features and the logits. Tokens are in `forced` if they differ when those before are
+    eager's, and in `generated` if they are the first that differ in an answer of `generate`; `tokens` were compared. `backend`
+    says what ran per part of the patched model, `notes` what could not be compared, and why.
     """
 
     dtype: torch.dtype
@@ -155,36 +143,31 @@ class Verification:
         return not self.failures
 
     def __rich__(self) -> Group:
-        blocks = Table(title=f"errors against {self._reference}, {_name(self.dtype)} model")
-        blocks.add_column("part", overflow="fold")
-        for heading in ("patched", "eager", "allowed", "patched, relative", "eager, relative", ""):
-            blocks.add_column(heading, justify="right")
+        dtype, reference = (str(x).removeprefix("torch.") for x in (self.dtype, _reference_dtype(self.dtype)))
+        headings = ("patched", "eager", "allowed", "patched, relative", "eager, relative", "")
+        columns = Column("part", overflow="fold"), *(Column(heading, justify="right") for heading in headings)
+        blocks = Table(*columns, title=f"errors against {reference}, {dtype} model")
         for part in self.parts:
             numbers = (part.ours, part.eager, part.bound, part.ours_relative, part.eager_relative)
             blocks.add_row(part.name, *(f"{number:.1e}" for number in numbers), "ok" if part.ok else "[red]BAD[/red]")
         lines = [f"{part}: {what}" for part, what in self.backend.items()]
         for how, differences in (("teacher-forced on eager's", self.forced), ("generate", self.generated)):
             lines.append(f"tokens, {how}: {self.tokens} compared, {len(differences) or 'none'} differ")
-            for found in differences[:5]:
-                sure = "eager was not sure" if found.allowed else "NOT ALLOWED"
-                lines.append(
-                    f"  prompt {found.prompt}, token {found.step}: {found.ours} for {found.eager}; eager's margin "
-                    f"{found.margin:.2e}, its distance from {self._reference} {found.distance:.2e}: {sure}"
-                )
+            lines += [
+                f"  prompt {found.prompt}, token {found.step}: {found.ours} for {found.eager}; eager's margin "
+                f"{found.margin:.2e}, its distance from {reference} {found.distance:.2e}: "
+                f"{'eager was not sure' if found.allowed else 'NOT ALLOWED'}"
+                for found in differences[:5]
+            ]
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"outside the rule: {failure}" for failure in self.failures[:8]]
         return Group(blocks, *lines, f"verdict: {'ok' if self.ok else 'BAD'}")
 
-    @property
-    def _reference(self) -> str:
-        return _name(_reference_dtype(self.dtype))
-
-    def __repr__(self) -> str:
-        return as_text(self)
+    __repr__ = as_text
 
 
 def verify(
-    model: nn.Module, inputs: Mapping[str, torch.Tensor], *, max_new_tokens: int = 32, backend: Backend = "auto"
+    model: nn.Module, inputs: Mapping[str, Tensor], *, max_new_tokens: int = 32, backend: Backend = "auto"
 ) -> Verification:
     """Compares the patched model with eager and with higher precision on `inputs`.
 
@@ -209,7 +192,7 @@ def verify(
         raise ValueError("inputs hold no input_ids: verify takes what the processor gives")
     if any(parameter.is_meta for parameter in root.parameters()):
         raise ValueError("some weights are not in memory (offloaded, or on the meta device): load the model without offloading")
-    inputs = {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor) and key != "labels"}
+    inputs = {key: value for key, value in inputs.items() if isinstance(value, Tensor) and key != "labels"}
     mask = inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
     if not mask[:, -1].all():
         raise ValueError("a prompt ends with padding: prompts of a batch are padded on the left, as generate needs it")
@@ -218,123 +201,105 @@ def verify(
         return _verify(model, root, inputs, max_new_tokens, backend)
 
 
-def _verify(
-    model: nn.Module, root: nn.Module, inputs: dict[str, torch.Tensor], max_new_tokens: int, backend: Backend
-) -> Verification:
-    dtype = root.model.language_model.norm.weight.dtype
+def _verify(model: nn.Module, root: nn.Module, inputs: Inputs, max_new_tokens: int, backend: Backend) -> Verification:
+    weight, start = root.model.language_model.norm.weight, inputs["input_ids"].shape[1]
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
-    prompt_length = inputs["input_ids"].shape[1]
 
     unpatch(model)
     kept = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     output = root.generate(**inputs, **options, **kept)
-    ids, logits = output.sequences[:, prompt_length:], torch.stack(output.logits, dim=1)
-    margins = torch.stack(output.scores, dim=1).topk(2).values.diff(dim=-1).abs()[..., 0]
-    lengths = _lengths(ids, root.generation_config.eos_token_id)
-    features = _image_features(root, inputs)
+    ids, logits = output.sequences[:, start:], torch.stack(output.logits, dim=1)
+    margins = _margins(torch.stack(output.scores, dim=1))
     del output
+    features = _image_features(root, inputs)
 
-    patch(model, backend)
-    ours_features = _image_features(root, inputs)
-    ours_logits = _forced_logits(root, inputs, ids)
-    ours_ids = root.generate(**inputs, **options)[:, prompt_length:]
-    report = patch(model, backend).report()
+    handle = patch(model, backend)
+    ours_features, ours_logits = _image_features(root, inputs), _forced_logits(root, inputs, ids)
+    ours_ids = root.generate(**inputs, **options)[:, start:]
+    ran = _ran(handle.report(), features is not None)
 
     unpatch(model)
-    with _in_precision(root, _reference_dtype(dtype)):
-        exact_features = _image_features(root, inputs)
-        exact_logits = _logits_at_once(root, inputs, ids)
-    ran = _ran(report, features)
-    parts = list(_blocks(root, inputs, _backend_name(root, backend), ran))
+    with _in_precision(root, _reference_dtype(weight.dtype)):
+        exact_features, exact_logits = _image_features(root, inputs), _logits_at_once(root, inputs, ids)
+
+    parts = _blocks(root, inputs, default_backend(weight.device) if backend == "auto" else backend, ran)
     if features is not None:
         parts.append(Comparison.of("image features", ours_features, features, exact_features))
-    counted = torch.arange(ids.shape[1], device=ids.device) < torch.tensor(lengths, device=ids.device)[:, None]
-    cast = [tensor[counted].to(dtype) for tensor in (ours_logits, logits)]
+    answer, ours_answer = (_padded(x, root.generation_config.eos_token_id, max_new_tokens) for x in (ids, ours_ids))
+    counted = answer[:, : ids.shape[1]] >= 0
+    cast = [x[counted].to(weight.dtype) for x in (ours_logits, logits)]
     parts.append(Comparison.of("logits", *cast, exact_logits[counted]))
-
-    distances = (logits.double() - exact_logits.double()).abs().amax(-1)
-    raw_margins = logits.topk(2).values.diff(dim=-1).abs()[..., 0]
-
-    def difference(prompt: int, step: int, ours: int, eager: int, margins: torch.Tensor) -> Difference:
-        at = prompt, min(step, ids.shape[1] - 1)
-        margin, distance = float(margins[at]), float(distances[at])
-        return Difference(prompt, step, ours, eager, margin, distance, dtype != torch.float32 and margin < 2 * distance)
-
-    forced = []
-    for prompt, step in ((ours_logits.argmax(-1) != logits.argmax(-1)) & counted).nonzero().tolist():
-        tokens = (int(x[prompt, step].argmax()) for x in (ours_logits, logits))
-        forced.append(difference(prompt, step, *tokens, raw_margins))
-    generated = []
-    ours_lengths = _lengths(ours_ids, root.generation_config.eos_token_id)
-    for prompt, (length, ours_length) in enumerate(zip(lengths, ours_lengths, strict=True)):
-        answers = ours_ids[prompt, :ours_length].tolist(), ids[prompt, :length].tolist()
-        for step, (ours, eager) in enumerate(zip_longest(*answers, fillvalue=-1)):
-            if ours != eager:
-                generated.append(difference(prompt, step, ours, eager, margins))
-                break
-    return Verification(dtype, ran, tuple(parts), tuple(forced), tuple(generated), sum(lengths), tuple(_notes(ran, features)))
+    differences = partial(_differences, weight.dtype, (logits.double() - exact_logits.double()).abs().amax(-1))
+    forced = tuple(differences(_margins(logits), ours_logits.argmax(-1), logits.argmax(-1), counted))
+    generated = tuple(differences(margins, ours_answer, answer, (ours_answer != answer).cumsum(-1) == 1))
+    return Verification(weight.dtype, ran, tuple(parts), forced, generated, int(counted.sum()), tuple(_notes(ran)))
 
 
-def _blocks(root: nn.Module, inputs: dict[str, torch.Tensor], backend: str, ran: dict[str, str]) -> Iterator[Comparison]:
-    """Every vision block and every text layer on its input in an eager forward of the prompt. A text layer is taken together
-    with the norm that follows it, as the kernels do."""
-    visual, language = root.model.visual, root.model.language_model
-    reference = _reference_dtype(language.norm.weight.dtype)
-    valid, padding = inputs["attention_mask"].bool(), Padding.read(inputs["attention_mask"])
-    found: list[Comparison] = []
+def _margins(logits: Tensor) -> Tensor:
+    """(..., vocabulary) -> (...): how far the second best is from the best."""
+    return logits.topk(2).values.diff(dim=-1).abs()[..., 0]
 
-    def compare_block(index: int) -> Callable[..., None]:
-        alone = SimpleNamespace(
-            blocks=visual.blocks[index : index + 1],
-            rotary_pos_emb=visual.rotary_pos_emb,
-            class_pos_emb=visual.class_pos_emb,
-        )
 
-        def compare(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
-            x, layout, *others = args
-            ours = vision.run_blocks(alone, x, layout.position_ids, layout.cu_seqlens, layout.max_seqlen, backend)
-            with _Cast(block, reference):
-                exact = block.forward(x.to(reference), layout, *others, **kwargs)
-            found.append(Comparison.of(f"visual.blocks.{index}", ours, output, exact))
+def _padded(ids: Tensor, eos: int | list[int] | None, length: int) -> Tensor:
+    """(B, length), -1 behind the end of every answer."""
+    ends = torch.isin(ids, torch.tensor([] if eos is None else eos, dtype=ids.dtype, device=ids.device)).long()
+    return nn.functional.pad(ids.masked_fill(ends.cumsum(-1) > ends, -1), (0, length - ids.shape[1]), value=-1)
 
-        return compare
 
-    def compare_layer(index: int) -> Callable[..., None]:
-        last = index + 1 == len(language.layers)
-        norm = language.norm if last else language.layers[index + 1].input_layernorm
-        alone = SimpleNamespace(
-            layers=language.layers[index : index + 1], norm=norm, rotary_emb=language.rotary_emb, config=language.config
-        )
+def _differences(
+    dtype: torch.dtype, distances: Tensor, margins: Tensor, ours: Tensor, eager: Tensor, among: Tensor
+) -> Iterator[Difference]:
+    """Of token ids (B, steps), where `among` is true; `margins` and `distances` end with the longest answer of eager."""
+    for prompt, step in ((ours != eager) & among).nonzero().tolist():
+        at = prompt, min(step, margins.shape[1] - 1)
+        tokens, margin, distance = (int(x[prompt, step]) for x in (ours, eager)), float(margins[at]), float(distances[at])
+        yield Difference(prompt, step, *tokens, margin, distance, dtype != torch.float32 and margin < 2 * distance)
 
-        def compare(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
-            x, positions = args[0], kwargs["position_ids"]
-            tokens = Spans(padding.within(x.shape[1]), 0, x.shape[1])
-            rows = positions.expand(len(x), -1).reshape(1, -1)
-            ours = text.run_layers(alone, x, prompt_layout(tokens, rows, None), None, backend)
-            wide = x.to(reference)
-            wider = {**kwargs, "position_embeddings": language.rotary_emb(wide, positions)}
-            if wider.get("attention_mask") is not None and wider["attention_mask"].is_floating_point():
-                wider["attention_mask"] = wider["attention_mask"].to(reference)
-            with _Cast(layer, reference), _Cast(norm, reference):
-                exact = norm.forward(layer.forward(wide, **wider))
-            eager = norm.forward(output)
-            found.append(Comparison.of(f"language_model.layers.{index}", ours[valid], eager[valid], exact[valid]))
 
-        return compare
+def _blocks(root: nn.Module, inputs: Inputs, backend: str, ran: dict[str, str]) -> list[Comparison]:
+    """Every vision block and every text layer on its input in an eager forward of the prompt."""
+    visual, language, attention_mask = root.model.visual, root.model.language_model, inputs["attention_mask"]
+    reference, found = _reference_dtype(language.norm.weight.dtype), []
 
-    with contextlib.ExitStack() as stack:
-        for part, modules, compare in (
-            ("visual.encode", visual.blocks, compare_block),
-            ("language_model", language.layers, compare_layer),
+    def block_results(index: int, block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> list[Tensor]:
+        x, layout, *others = args
+        alone = SimpleNamespace(blocks=[block], rotary_pos_emb=visual.rotary_pos_emb, class_pos_emb=visual.class_pos_emb)
+        ours = vision.run_blocks(alone, x, layout.position_ids, layout.cu_seqlens, layout.max_seqlen, backend)
+        with _cast(reference, block):
+            return [ours, output, block.forward(x.to(reference), layout, *others, **kwargs)]
+
+    def layer_results(index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> list[Tensor]:
+        """Together with the norm that follows the layer, as the kernels take them."""
+        x, positions, mask = args[0], kwargs["position_ids"], kwargs.get("attention_mask")
+        norm = [*(following.input_layernorm for following in language.layers[1:]), language.norm][index]
+        alone = SimpleNamespace(layers=[layer], norm=norm, rotary_emb=language.rotary_emb, config=language.config)
+        tokens = Spans(Padding.read(attention_mask).spans, 0, x.shape[1])
+        layout = prompt_layout(tokens, positions.expand(len(x), -1).reshape(1, -1), None)
+        ours, wide = text.run_layers(alone, x, layout, None, backend), x.to(reference)
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(reference)
+        wider = {**kwargs, "attention_mask": mask, "position_embeddings": language.rotary_emb(wide, positions)}
+        eager = norm.forward(output)
+        with _cast(reference, layer, norm):
+            exact = norm.forward(layer.forward(wide, **wider))
+        return [result[attention_mask.bool()] for result in (ours, eager, exact)]
+
+    def compare(results: Callable[..., list[Tensor]], path: str, index: int, *call: Any) -> None:
+        found.append(Comparison.of(f"{path}.{index}", *results(index, *call)))
+
+    with contextlib.ExitStack() as hooks:
+        for part, path, modules, results in (
+            ("visual.encode", "visual.blocks", visual.blocks, block_results),
+            ("language_model", "language_model.layers", language.layers, layer_results),
         ):
-            if _took_the_kernels(ran.get(part)):
-                for index, module in enumerate(modules):
-                    stack.callback(module.register_forward_hook(compare(index), with_kwargs=True).remove)
-        root(**inputs, position_ids=_positions(inputs["attention_mask"]), use_cache=False, logits_to_keep=1)
-    yield from found
+            for index, module in enumerate(modules if ORIGINAL not in ran.get(part, ORIGINAL) else ()):
+                hook = partial(compare, results, path, index)
+                hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+        root(**inputs, position_ids=_positions(attention_mask), use_cache=False, logits_to_keep=1)
+    return found
 
 
-def _image_features(root: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+def _image_features(root: nn.Module, inputs: Inputs) -> Tensor | None:
     """(tokens, text width) of all images and videos; None without any."""
     features = []
     for pixels, grids in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
@@ -343,73 +308,46 @@ def _image_features(root: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.T
     return torch.cat(features) if features else None
 
 
-def _forced_logits(root: nn.Module, inputs: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+def _forced_logits(root: nn.Module, inputs: Inputs, ids: Tensor) -> Tensor:
     """(B, steps, vocabulary), token by token over a cache, with `ids` (B, steps) as the tokens before."""
-    mask = inputs["attention_mask"]
-    output = root(**inputs, position_ids=_positions(mask), use_cache=True, logits_to_keep=1)
-    logits = [output.logits[:, -1].float()]
-    for step in range(ids.shape[1] - 1):
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        output = root(
-            input_ids=ids[:, step : step + 1],
-            attention_mask=mask,
-            position_ids=_positions(mask)[:, -1:],
-            past_key_values=getattr(output, CACHE),
-            use_cache=True,
-            logits_to_keep=1,
-        )
+    given, mask, logits = inputs, inputs["attention_mask"], []
+    for token in ids.split(1, dim=1):
+        positions = _positions(mask)[:, -given["input_ids"].shape[1] :]
+        output = root(**{**given, "attention_mask": mask}, position_ids=positions, use_cache=True, logits_to_keep=1)
         logits.append(output.logits[:, -1].float())
+        mask = torch.cat([mask, torch.ones_like(token)], dim=1)
+        given = {"input_ids": token, "past_key_values": getattr(output, CACHE)}
     return torch.stack(logits, dim=1)
 
 
-def _logits_at_once(root: nn.Module, inputs: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+def _logits_at_once(root: nn.Module, inputs: Inputs, ids: Tensor) -> Tensor:
     """What `_forced_logits` gives, by one forward over prompt and answer."""
     answer = ids[:, :-1]
-    mask = torch.cat([inputs["attention_mask"], torch.ones_like(answer)], dim=1)
-    whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], answer], dim=1), "attention_mask": mask}
-    if (types := inputs.get("mm_token_type_ids")) is not None:
-        whole["mm_token_type_ids"] = torch.cat([types, torch.zeros_like(answer)], dim=1)
-    return root(**whole, position_ids=_positions(mask), use_cache=False, logits_to_keep=ids.shape[1]).logits
+    more = {"input_ids": answer, "attention_mask": torch.ones_like(answer), "mm_token_type_ids": torch.zeros_like(answer)}
+    whole = inputs | {name: torch.cat([inputs[name], x], dim=1) for name, x in more.items() if name in inputs}
+    positions = _positions(whole["attention_mask"])
+    return root(**whole, position_ids=positions, use_cache=False, logits_to_keep=ids.shape[1]).logits
 
 
-def _positions(mask: torch.Tensor) -> torch.Tensor:
+def _positions(mask: Tensor) -> Tensor:
     """As `generate` counts them: from the first token that is not padding."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def _lengths(ids: torch.Tensor, eos: int | list[int] | None) -> list[int]:
-    """Tokens of every answer, its end included; what follows is padding."""
-    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    ended = torch.isin(ids, torch.tensor(ends, dtype=ids.dtype, device=ids.device)).cumsum(-1) > 0
-    return ((~ended).sum(-1) + 1).clamp(max=ids.shape[1]).tolist()
+@contextlib.contextmanager
+def _meanwhile(name: str, values: Iterable[tuple[Any, Any]]) -> Iterator[None]:
+    """The attribute `name` of every owner has another value."""
+    with contextlib.ExitStack() as stack:
+        for owner, value in values:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        yield
 
 
-class _Cast:
-    """In a `with` block, or between `on` and `off`, a module's parameters have another dtype."""
-
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        self.module, self.dtype = module, dtype
-        self.saved: list[tuple[nn.Parameter, torch.Tensor]] = []
-
-    def on(self, *_: Any) -> None:
-        for parameter in self.module.parameters():
-            if parameter.is_floating_point():
-                self.saved.append((parameter, parameter.data))
-                parameter.data = parameter.data.to(self.dtype)
-
-    def off(self, *_: Any) -> None:
-        for parameter, data in self.saved:
-            parameter.data = data
-        self.saved = []
-
-    def __enter__(self) -> None:
-        try:
-            self.on()
-        except BaseException:
-            self.off()
-            raise
-
-    __exit__ = off
+def _cast(dtype: torch.dtype, *modules: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """The modules' parameters have another dtype."""
+    parameters = [parameter for parameter in nn.ModuleList(modules).parameters() if parameter.is_floating_point()]
+    return _meanwhile("data", ((parameter, parameter.data.to(dtype)) for parameter in parameters))
 
 
 @contextlib.contextmanager
@@ -417,81 +355,45 @@ def _in_precision(root: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """The whole model computes in `dtype`: each block is cast when it is called, and back when it has run."""
     visual, language = root.model.visual, root.model.language_model
     blocks = [visual.patch_embed, visual.pre_layernorm, *visual.blocks, visual.merger]
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as hooks, contextlib.ExitStack() as running:
         for block in (*blocks, *language.layers, language.norm, root.lm_head):
-            cast = _Cast(block, dtype)
-            stack.callback(cast.off)  # where the block raised
-            stack.callback(block.register_forward_pre_hook(cast.on).remove)
-            stack.callback(block.register_forward_hook(cast.off).remove)
+            hooks.enter_context(block.register_forward_pre_hook(lambda module, _: running.enter_context(_cast(dtype, module))))
+            hooks.enter_context(block.register_forward_hook(lambda *_: running.close()))
         # Exact, and without a copy of the table.
         embedding = root.get_input_embeddings()
-        stack.callback(embedding.register_forward_hook(lambda module, args, output: output.to(dtype)).remove)
+        hooks.enter_context(embedding.register_forward_hook(lambda module, args, output: output.to(dtype)))
         yield
 
 
-@contextlib.contextmanager
-def exact_float32() -> Iterator[None]:
+def exact_float32() -> contextlib.AbstractContextManager[None]:
     """float32 products are computed in float32; convolutions on a GPU are not, by default."""
-    # By these: the older settings raise as soon as someone has used these.
     backends = torch.backends
+    # By these: the older settings raise as soon as someone has used these.
     settings = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        yield
-    finally:
-        for setting, precision in zip(settings, before, strict=True):
-            setting.fp32_precision = precision
+    return _meanwhile("fp32_precision", [(setting, "ieee") for setting in settings])
 
 
-@contextlib.contextmanager
-def _attention_that_computes_in_any_dtype(root: nn.Module) -> Iterator[None]:
+def _attention_that_computes_in_any_dtype(root: nn.Module) -> contextlib.AbstractContextManager[None]:
     """FlashAttention has no float32: "sdpa" stands for it in eager and in the reference."""
     configs = [module.config for module in (root.model.visual, root.model.language_model)]
-    before = [config._attn_implementation for config in configs]
-    try:
-        for config in configs:
-            if config._attn_implementation not in ("eager", "sdpa"):
-                config._attn_implementation = "sdpa"
-        yield
-    finally:
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation = implementation
+    others = [(config, "sdpa") for config in configs if config._attn_implementation not in ("eager", "sdpa")]
+    return _meanwhile("_attn_implementation", others)
 
 
 def _reference_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float32 else torch.float32
 
 
-def _backend_name(root: nn.Module, backend: str) -> str:
-    return default_backend(root.model.language_model.norm.weight.device) if backend == "auto" else backend
-
-
-def _ran(report: Report, features: torch.Tensor | None) -> dict[str, str]:
+def _ran(report: Report, sees: bool) -> dict[str, str]:
     """Per part what ran, as the report says; vision only where there was something to see."""
-    seen = {}
-    for row in report.rows:
-        if not row.path.startswith("visual") or features is not None:
-            originals = [f"{ORIGINAL}: {reason}" for reason in row.fallbacks]
-            seen[row.path] = "; ".join([*row.ran, *originals]) or "not called"
-    return seen
+    rows = [row for row in report.rows if sees or not row.path.startswith("visual")]
+    calls = {row.path: [*row.ran, *(f"{ORIGINAL}: {reason}" for reason in row.fallbacks)] for row in rows}
+    return {path: "; ".join(how) or "not called" for path, how in calls.items()}
 
 
-ORIGINAL = "the original ran"
-
-
-def _took_the_kernels(what: str | None) -> bool:
-    return what is not None and ORIGINAL not in what
-
-
-def _notes(ran: dict[str, str], features: torch.Tensor | None) -> Iterator[str]:
-    if features is None:
+def _notes(ran: dict[str, str]) -> Iterator[str]:
+    if "visual.encode" not in ran:
         yield "there is no image in the inputs: the vision tower was not compared"
-    for part in ("visual.encode", "language_model"):
-        if part in ran and not _took_the_kernels(ran[part]):
+    for part, how in ran.items():
+        if part in ("visual.encode", "language_model") and ORIGINAL in how:
             yield f"{part} ran without the kernels, so its blocks were not compared one by one"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

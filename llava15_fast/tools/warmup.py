@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
+# Prompt lengths whose caches are split into different numbers of runs; numbers of prompts that leave few runs to each, and at
+# last one; images of 560 x 560 and 1120 x 1120: with and without a CUDA graph.
 PROMPTS = (33, 600, 1700, 3500)
-"""Prompt lengths whose caches are split into different numbers of runs."""
-
 BATCHES = (2, 16, 32, 64)
-"""Numbers of prompts that leave few runs to each, and at last one."""
-
 GRIDS = ((40, 40), (80, 80))
-"""Images of 560 x 560 and 1120 x 1120: with and without a CUDA graph."""
+
+GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 def warmup(model: nn.Module, progress: Callable[[str, float], None] | None = None) -> dict[str, float]:
@@ -34,40 +32,33 @@ def warmup(model: nn.Module, progress: Callable[[str, float], None] | None = Non
         request -> seconds it took.
     """
     taken = {}
+    longest = model.config.text_config.max_position_embeddings - GREEDY["max_new_tokens"]
     with torch.inference_mode():
         for request, inputs in _requests(model):
+            if inputs["input_ids"].shape[1] > longest:
+                continue
             start = time.perf_counter()
-            model.generate(**inputs).tolist()  # so that the device has finished
+            model.generate(**inputs, **GREEDY).tolist()  # so that the device has finished
             taken[request] = time.perf_counter() - start
             if progress is not None:
                 progress(request, taken[request])
     return taken
 
 
-def _requests(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
-    config, device = model.config, model.device
-    greedy: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    longest = config.text_config.max_position_embeddings - 4
+def _requests(model: nn.Module) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    vision, device = model.config.vision_config, model.device
     for length in PROMPTS:
-        if length <= longest:
-            ids = torch.ones(1, length, dtype=torch.long, device=device)
-            yield f"text, {length} tokens", {"input_ids": ids, **greedy}
+        yield f"text, {length} tokens", {"input_ids": torch.ones(1, length, dtype=torch.long, device=device)}
     for h, w in GRIDS:
         tokens = h * w // model.model.visual.spatial_merge_size**2
-        if tokens + 8 > longest:
-            continue
-        width = config.vision_config.in_channels * config.vision_config.patch_size**2
         ids = torch.ones(1, tokens + 8, dtype=torch.long, device=device)
-        ids[0, 4 : 4 + tokens] = config.image_token_id
-        inputs = {
-            "input_ids": ids,
-            "pixel_values": torch.zeros(h * w, width, dtype=model.dtype, device=device),
-            "image_grid_thw": torch.tensor([[1, h, w]], device=device),
-        }
+        ids[0, 4 : 4 + tokens] = model.config.image_token_id
+        pixels = torch.zeros(h * w, vision.in_channels * vision.patch_size**2, dtype=model.dtype, device=device)
+        inputs = {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": torch.tensor([[1, h, w]], device=device)}
         for again in ("", ", again"):
-            yield f"an image of {tokens} tokens{again}", {**inputs, **greedy}
+            yield f"an image of {tokens} tokens{again}", inputs
     for prompts in BATCHES:
         ids = torch.ones(prompts, 8, dtype=torch.long, device=device)
         mask = torch.ones_like(ids)
         mask[0, :5] = 0
-        yield f"{prompts} prompts, padded", {"input_ids": ids, "attention_mask": mask, **greedy}
+        yield f"{prompts} prompts, padded", {"input_ids": ids, "attention_mask": mask}

@@ -1,5 +1,6 @@
 """`verify`: numbers that are right, a verdict that sees what is wrong, and a model that is left as it was."""
 
+import contextlib
 import copy
 import functools
 import io
@@ -109,14 +110,15 @@ def test_the_reference_holds_one_block_at_a_time(endless, golden, monkeypatch):
     """What is cast at once is never more than the largest block, and nothing is left when the forward is over."""
     inputs = inputs_of(golden, "two_images")
     endless.half()
-    held, on = [], verification._Cast.on
+    held, cast = [], verification._cast
 
-    def watched(self, *args):
-        on(self, *args)
-        held.append(sum(p.numel() for p in endless.parameters() if p.dtype == torch.float32))
+    @contextlib.contextmanager
+    def watched(*args):
+        with cast(*args):
+            held.append(sum(p.numel() for p in endless.parameters() if p.dtype == torch.float32))
+            yield
 
-    monkeypatch.setattr(verification._Cast, "on", watched)
-    monkeypatch.setattr(verification._Cast, "__enter__", watched)
+    monkeypatch.setattr(verification, "_cast", watched)
     assert verify(endless, inputs, max_new_tokens=2, backend="torch").ok
     visual, language = endless.model.visual, endless.model.language_model
     # A layer is compared together with the norm that follows it.
