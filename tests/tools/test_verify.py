@@ -152,7 +152,7 @@ def scaled(function, factor):
 def test_a_wrong_kernel_is_seen(endless, golden, monkeypatch, module, name, part, dtype):
     """Five percent in one operation; that of decoding shows in the logits alone."""
     if name == "silu_and_mul":  # the torch backend has it in two
-        module, name = text, "_gated"
+        module, name = text.Run, "gated"
     monkeypatch.setattr(module, name, scaled(getattr(module, name), 1.05))
     found = verify(endless.to(dtype), inputs_of(golden, "two_images"), max_new_tokens=STEPS, backend="torch")
     bad = [row.name for row in found.parts if not row.ok]
