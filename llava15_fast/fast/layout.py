@@ -136,9 +136,7 @@ def decode_layout(position_ids: torch.Tensor, numbers: torch.Tensor, batch: int)
     return TextLayout(position_ids, slots=slots[None], cache_seqlens=seqlens, cache_leftpad=leftpad)
 
 
-def _segments(
-    lengths_q: list[int], lengths_k: list[int], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+def _segments(lengths_q: list[int], lengths_k: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int, int]:
     """Pairs of empty segments are left out."""
     pairs = [pair for pair in zip(lengths_q, lengths_k, strict=True) if pair != (0, 0)]
     rows = [[0, *accumulate(lengths)] for lengths in zip(*pairs, strict=True)]

@@ -300,9 +300,7 @@ def run_layers(
 class Run:
     """What all layers of one forward are computed with."""
 
-    def __init__(
-        self, module: nn.Module, layout: TextLayout, batch: int, backend: str, shape: tuple[int, int] | None
-    ) -> None:
+    def __init__(self, module: nn.Module, layout: TextLayout, batch: int, backend: str, shape: tuple[int, int] | None) -> None:
         self.layout, self.batch, self.backend, self.shape, config = layout, batch, backend, shape, module.config
         # Read once: transformers' configurations take their time.
         self.heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
