@@ -89,10 +89,8 @@ def without_collection() -> Iterator[None]:
 class Slot:
     """The place of one recurring step: nothing, its key when it was seen once, or its graph.
 
-    Attributes:
-        key: what must be as it was: the part of the model, where its weights lie (`Facts.fingerprint`), and more.
-        inputs, output: at fixed addresses.
-        reads: what the graph reads besides; kept alive.
+    `key` is what must be as it was: the part of the model, where its weights lie (`Facts.fingerprint`), and more. `inputs` and
+    `output` are at fixed addresses; what the graph `reads` besides is kept alive.
     """
 
     def __init__(self) -> None:
@@ -127,13 +125,8 @@ class Graphs:
     def run(
         self, slot: Slot, key: tuple, inputs: Tensors, step: Step, device: torch.device, reads: Sequence[torch.Tensor]
     ) -> torch.Tensor | None:
-        """`step(*inputs)` by a graph, a tensor of its own; None where it is to run without.
-
-        Args:
-            inputs: tensors of the shapes and dtypes that the key stands for; on the host or on `device`.
-            step: is given buffers on `device` in their place.
-            reads: tensors that it reads besides.
-        """
+        """`step(*inputs)` by a graph, a tensor of its own; None where it is to run without. Inputs, of shapes and dtypes that
+        the key stands for, may be on the host: `step` is given buffers on `device` in their place. It `reads` more tensors."""
         with self.lock:
             if self.gave_up:
                 return None

@@ -35,14 +35,10 @@ from ..model.releases import CACHE
 
 
 class Part(NamedTuple):
-    """A module whose work fused code does without calling it.
+    """A module whose work fused code does without calling it: what it has to be, with the forward of that class.
 
-    Attributes:
-        path: below the module that has the fused code, `*` for every child.
-        module_class: what it has to be, with the forward of that class.
-        parameters: names of the parameters of that forward.
-        size: the name of its weight's only dimension, if it is a norm.
-        numbers: attributes that are numbers, which a captured graph fixes.
+    `path` is below the module that has the fused code, `*` for every child; `parameters` are names of that forward's, `size` is
+    the name of the only dimension of a norm's weight, and `numbers` are attributes that a captured graph fixes.
     """
 
     path: str
@@ -60,15 +56,15 @@ def _layer_norm(path: str) -> Part:
     return Part(path, nn.LayerNorm, "input", "width", ("eps",))
 
 
-LAYER = f"hidden_states attention_mask position_ids {CACHE} use_cache position_embeddings kwargs"
-ATTENTION = f"hidden_states position_embeddings attention_mask {CACHE} kwargs"
+_LAYER = f"hidden_states attention_mask position_ids {CACHE} use_cache position_embeddings kwargs"
+_TEXT_ATTENTION = f"hidden_states position_embeddings attention_mask {CACHE} kwargs"
 TEXT_PARTS = (
     _rms_norm("norm", "width"),
     Part("rotary_emb", qwen3.Qwen3RotaryEmbedding, "x position_ids", "", ("attention_scaling",)),
-    Part("layers.*", qwen3.Qwen3DecoderLayer, LAYER),
+    Part("layers.*", qwen3.Qwen3DecoderLayer, _LAYER),
     _rms_norm("layers.*.input_layernorm", "width"),
     _rms_norm("layers.*.post_attention_layernorm", "width"),
-    Part("layers.*.self_attn", qwen3.Qwen3Attention, ATTENTION, "", ("scaling",)),
+    Part("layers.*.self_attn", qwen3.Qwen3Attention, _TEXT_ATTENTION, "", ("scaling",)),
     _rms_norm("layers.*.self_attn.q_norm", "head_dim"),
     _rms_norm("layers.*.self_attn.k_norm", "head_dim"),
     Part("layers.*.mlp", qwen3.Qwen3MLP, "x"),
@@ -78,13 +74,13 @@ EMBED_PARTS = (
     Part("patch_embed.proj", nn.Conv2d, "input"),
     _layer_norm("pre_layernorm"),
 )
-BLOCK_ATTENTION = "hidden_states layout position_embeddings kwargs"
+_BLOCK_ATTENTION = "hidden_states layout position_embeddings kwargs"
 ENCODE_PARTS = (
     Part("rotary_pos_emb", modeling.LlavaOnevision1_5VisionRotaryEmbedding, "position_ids class_pos_emb"),
     Part("blocks.*", modeling.LlavaOnevision1_5VisionBlock, "hidden_states args kwargs"),
     _layer_norm("blocks.*.norm1"),
     _layer_norm("blocks.*.norm2"),
-    Part("blocks.*.attn", modeling.LlavaOnevision1_5VisionAttention, BLOCK_ATTENTION, "", ("scaling",)),
+    Part("blocks.*.attn", modeling.LlavaOnevision1_5VisionAttention, _BLOCK_ATTENTION, "", ("scaling",)),
     Part("blocks.*.mlp", modeling.LlavaOnevision1_5VisionMLP, "hidden_states"),
 )
 MERGE_PARTS = (Part("merger", modeling.LlavaOnevision1_5VisionPatchMerger, "hidden_states"), _layer_norm("merger.ln_q"))
@@ -106,9 +102,6 @@ ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_
 
 OPTIONS = ("output_attentions", "output_hidden_states", "return_dict", "is_causal", "num_items_in_batch", "tokenizer")
 """Keyword arguments of a forward that are known; any other may change what attention computes."""
-
-
-# What was seen at import
 
 _TRUSTED = tuple(
     str(Path(sys.modules[name].__file__).parent) for name in ("torch", "transformers", "llava15_kernels", "llava15_fast")
@@ -142,22 +135,18 @@ def _methods(*classes: type) -> list[Seen]:
     return found
 
 
-def _classes(parts: Iterable[Part]) -> list[type]:
-    return [part.module_class for part in parts]
-
-
 _ATTENTION = ("eager_attention_forward", "ALL_ATTENTION_FUNCTIONS")
 _PRODUCTS = ("linear", "softmax", "scaled_dot_product_attention")
 _MASKS = ("create_causal_mask", "create_sliding_window_causal_mask")
 WATCHED = {
-    "text": _methods(*_classes(TEXT_PARTS), *SILU)
+    "text": _methods(*(part.module_class for part in TEXT_PARTS), *SILU)
     + _seen(qwen3, "apply_rotary_pos_emb", "rotate_half", "repeat_kv", *_ATTENTION, *_MASKS)
     + _seen(nn.functional, "silu", *_PRODUCTS),
-    "embed": _methods(*_classes(EMBED_PARTS)) + _seen(nn.functional, "linear", "conv2d", "layer_norm"),
-    "encode": _methods(*_classes(ENCODE_PARTS), *GELU)
+    "embed": _methods(*(part.module_class for part in EMBED_PARTS)) + _seen(nn.functional, "linear", "conv2d", "layer_norm"),
+    "encode": _methods(*(part.module_class for part in ENCODE_PARTS), *GELU)
     + _seen(modeling, "apply_rope_tables", "vision_rope_tables", *_ATTENTION)
     + _seen(nn.functional, "gelu", "layer_norm", *_PRODUCTS),
-    "merge": _methods(*_classes(MERGE_PARTS)) + _seen(nn.functional, "layer_norm"),
+    "merge": _methods(*(part.module_class for part in MERGE_PARTS)) + _seen(nn.functional, "layer_norm"),
     "cache": _methods(DynamicCache, Cache, DynamicLayer, CacheLayerMixin),
     "linear": _methods(nn.Linear),
 }
@@ -190,9 +179,6 @@ def replaced(group: str) -> str | None:
     return None
 
 
-# Modules
-
-
 def walk(root: nn.Module, path: str, done: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The modules that `path` means, each with its own path.
 
@@ -214,13 +200,9 @@ def walk(root: nn.Module, path: str, done: str = "") -> Iterator[tuple[str, nn.M
             yield path, child
 
 
-WRAPPED = ("base_layer", "original_module")
-"""What PEFT's wrappers call the module that they stand in the place of."""
-
-
 def inside(module: nn.Module) -> nn.Module:
     """The module that PEFT has put an adapter around, or a copy to be trained beside; any other module itself."""
-    for name in WRAPPED:
+    for name in ("base_layer", "original_module"):
         if name in module._modules:
             return inside(module._modules[name])
     return module
@@ -285,16 +267,12 @@ def _activation_guard(module: nn.Module, classes: Container[type[nn.Module]]) ->
 
 
 class Table(NamedTuple):
-    """What one part of the model has to be.
+    """What one part of the model has to be; `name` is also that of its functions in `WATCHED`.
 
     Attributes:
-        name: of the part, and of the functions in `WATCHED`.
-        parts: that fused code passes over; parents before their children.
         sizes: a module -> what the names of dimensions mean; those that are not given have to be equal inside a layer.
-        guard: looks at a module's settings.
-        blocks: where the layers are.
-        linears: in each, path -> dimensions of what is called, and so may be adapted.
-        block_guard: looks at the settings of each.
+        blocks, linears: where the layers are, and in each, path -> dimensions of what is called, and so may be adapted.
+        guard, block_guard: look at the settings of the module, and of each layer.
         extra: tensors that are read and no layer's.
     """
 
@@ -394,9 +372,6 @@ class Facts:
         return (*((tensor.data_ptr(), tensor.stride(), tensor.dtype) for tensor in self.reads), *self._numbers)
 
 
-# The parts
-
-
 def _text_sizes(module: nn.Module) -> dict[str, int]:
     config = module.config
     heads = {"q": config.num_attention_heads * config.head_dim, "kv": config.num_key_value_heads * config.head_dim}
@@ -479,9 +454,6 @@ ENCODE = Table(
 MERGE = Table("merge", MERGE_PARTS, _vision_sizes, _merge_guard)
 
 
-# Around a call
-
-
 def context_guard() -> str | None:
     """Why no fused code may run at present, whatever it is asked."""
     if _global_forward_hooks or _global_forward_pre_hooks:
@@ -502,16 +474,9 @@ def attention_guard(name: str | None, masked: bool) -> str | None:
     return f"the masks of {name!r} are not known" if masked and ALL_MASK_ATTENTION_FUNCTIONS.get(name) is not known[1] else None
 
 
-def call_guard(
-    module: nn.Module, x: torch.Tensor, weight: torch.Tensor, options: dict[str, Any], *others: torch.Tensor
-) -> str | None:
-    """Why the original has to run on `x`, as far as this call says.
-
-    Args:
-        weight: one that the fused code reads, of the dtype that all have.
-        options: keyword arguments of the call, with transformers' `output_...` requests among them.
-        others: tensors that a gradient might flow through besides.
-    """
+def call_guard(module: nn.Module, x: torch.Tensor, weight: torch.Tensor, options: dict[str, Any], *others: Any) -> str | None:
+    """Why the original has to run on `x`, as far as this call says: the dtype of all weights, that of `weight`, its keyword
+    arguments, and tensors that a gradient might flow through besides."""
     if torch.is_grad_enabled():
         tensors = (x, *others, *module.parameters())
         # Replicas of DataParallel have no parameters: their weights are tensors that lead back to some.

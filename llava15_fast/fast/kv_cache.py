@@ -41,13 +41,8 @@ def _zeros(like: torch.Tensor, capacity: int) -> Pair:
 
 
 class Buffers:
-    """Memory for the keys and values of all layers.
-
-    Attributes:
-        layers: keys and values of each, (B, capacity, kv_heads, head_dim).
-        exposed: tokens that someone outside may have kept a view of.
-        slot: where the graph of the decode step on this memory is kept.
-    """
+    """Memory for the keys and values of all layers, each (B, capacity, kv_heads, head_dim), and the slot of the decode step's
+    graph on it. Someone outside may have kept a view of the first `exposed` tokens."""
 
     def __init__(self, n_layers: int, like: torch.Tensor, tokens: int) -> None:
         self.capacity = capacity_for(tokens)
@@ -96,12 +91,8 @@ class Buffers:
 
 
 class Loan:
-    """A cache's hold on buffers; its layers hold it, and with the last of them it is gone.
-
-    Attributes:
-        length: tokens that count.
-        held: layers that lie in the buffers, of all.
-    """
+    """A cache's hold on buffers, of which the first `length` tokens count; its layers hold it, `held` of them lie in the
+    buffers, and with the last of them it is gone."""
 
     def __init__(self, buffers: Buffers) -> None:
         self.buffers, self.length, self.held = buffers, 0, 0
@@ -129,12 +120,8 @@ def _unexposed(name: str) -> Callable[..., Any]:
 
 
 class PooledLayer(DynamicLayer):
-    """A `DynamicLayer` whose keys and values lie in a loan's buffers, until someone gives it others.
-
-    Attributes of the instance:
-        _loan, _index: whose buffers, and which layer of theirs.
-        _own: keys and values that are its own; None while they lie in the buffers.
-    """
+    """A `DynamicLayer` whose keys and values lie in a loan's buffers, as their layer `_index`, until someone gives it others:
+    then these are its `_own`."""
 
     _loan: Loan | None = None
     _own: tuple[torch.Tensor | None, torch.Tensor | None] | None = (None, None)
@@ -182,7 +169,7 @@ class PooledLayer(DynamicLayer):
     _update = _unexposed("update")
     _reorder = _unexposed("reorder_cache")
 
-    def update(self, key_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, key_states: torch.Tensor, *args: Any, **kwargs: Any) -> Pair:
         if self._own is None and self._loan.length == 0:
             self.reset()  # memory for another number of prompts, perhaps
         return self._update(key_states, *args, **kwargs)
@@ -229,10 +216,9 @@ class KVPool:
         return None
 
     def borrow(self, cache: Cache, n_layers: int, like: torch.Tensor, tokens: int) -> Loan:
-        """The loan that holds `cache`, with room for `tokens` in all; what the cache has already is kept.
+        """The loan that holds `cache`, which `guard` has nothing against, with room for `tokens` in all; what it has is kept.
 
         Args:
-            cache: one that `guard` has nothing against.
             like: (B, ?, kv_heads, head_dim), whose dtype and device the buffers have.
 
         Raises:
@@ -301,7 +287,7 @@ class KVPool:
             return held
 
 
-def _peek(layer: DynamicLayer) -> tuple[torch.Tensor, torch.Tensor]:
+def _peek(layer: DynamicLayer) -> Pair:
     return layer.peek() if type(layer) is PooledLayer else (layer.keys, layer.values)
 
 

@@ -33,7 +33,7 @@ class Request:
     Attributes:
         modules: that it goes through.
         is_generate: whether it is a call of `generate`, whose loop is known.
-        mask: the attention mask that was read, and `padding`, what it says.
+        mask, padding: the attention mask that was read, and what it says.
         reads_padding: whether what is said of padding counts, as in a loss, which predicts a prompt's first token from it.
         cache, loan: that a `generate` is bound to by its first forward.
         starts: per prompt its first token that is no padding.

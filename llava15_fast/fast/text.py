@@ -100,13 +100,7 @@ class TextCall:
 
 @dataclass
 class Step:
-    """One forward, planned.
-
-    Attributes:
-        loan: of the cache, or None without one.
-        layout: for a prompt.
-        numbers: for a few new tokens in the place of a layout, whose numbers are on the host still.
-    """
+    """One forward, planned; a few new tokens have, in the place of a layout, its numbers, which are on the host still."""
 
     facts: Facts
     cache: Cache | None

@@ -27,12 +27,8 @@ class PatchError(RuntimeError):
 class Target:
     """A method that the patched class of a module replaces, or one whose work it does without calling it.
 
-    Attributes:
-        path: module path below `LlavaOnevision1_5Model`, `*` for every index; `HEAD` for the model with the language head.
-        module_class: the class the module must be an instance of.
-        parameters: names of the parameters that the class's method must have.
-        kernels: what runs in its place, for the report; nothing for a module that is only read by the replacement of another.
-        attribute: the method.
+    `path` is below `LlavaOnevision1_5Model`, `*` for every index, or `HEAD` for the model with the language head; the method
+    `attribute` of `module_class` has to have `parameters`; `kernels` run in its place, none for one that is only passed over.
     """
 
     path: str
