@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable
 from functools import cached_property
 from pathlib import Path
 from types import FunctionType, MethodType
@@ -179,25 +179,23 @@ def replaced(group: str) -> str | None:
     return None
 
 
-def walk(root: nn.Module, path: str, done: str = "") -> Iterator[tuple[str, nn.Module]]:
+def walk(root: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
     """The modules that `path` means, each with its own path.
 
     Raises:
         LookupError: a name on the way is missing; the message says where.
     """
-    name, _, rest = path.partition(".")
-    if name == "*":
-        children = list(root.named_children())
-    elif (child := getattr(root, name, None)) is not None:
-        children = [(name, child)]
-    else:
-        raise LookupError(f"{done or type(root).__name__} has no {name!r}")
-    for name, child in children:
-        path = f"{done}.{name}" if done else name
-        if rest:
-            yield from walk(child, rest, path)
-        else:
-            yield path, child
+    found = [("", root)]
+    for name in path.split("."):
+        parents, found = found, []
+        for done, module in parents:
+            if name == "*":
+                found += [(f"{done}.{index}", child) for index, child in module._modules.items()]
+            elif (child := getattr(module, name, None)) is not None:
+                found.append((f"{done}.{name}" if done else name, child))
+            else:
+                raise LookupError(f"{done or type(root).__name__} has no {name!r}")
+    return found
 
 
 def inside(module: nn.Module) -> nn.Module:
@@ -314,42 +312,39 @@ class Facts:
                 self._numbers += [getattr(child, name) for name in part.numbers]
         if reason := table.guard(module):
             return reason
-        blocks = getattr(module, table.blocks) if table.blocks else ()
+        blocks = list(getattr(module, table.blocks)) if table.blocks else []
         for block in blocks:
-            if reason := table.block_guard(block, module.config) or self._linears_guard(block, table.linears, dict(sizes)):
+            if reason := table.block_guard(block, module.config):
                 return reason
+        sizes_of = [dict(sizes) for _ in blocks]
+        for path, dimensions in table.linears.items():
+            names = dimensions.split()
+            for (where, linear), known in zip(walk(module, f"{table.blocks}.*.{path}"), sizes_of, strict=True):
+                if reason := self._linear_guard(where, linear, names, known):
+                    return reason
         self._tensors += [tensor for path in table.extra for _, tensor in walk(module, path)]
         self._numbers.append(len(blocks))
         return None
 
     def _norm_guard(self, path: str, norm: nn.Module, part: Part, sizes: dict[str, int]) -> str | None:
         names = () if not part.size else ("weight", "bias") if part.module_class is nn.LayerNorm else ("weight",)
-        found = (self._weight_guard(f"{path}.{name}", getattr(norm, name), part.size, sizes) for name in names)
+        found = (self._weight_guard(f"{path}.{name}", getattr(norm, name), [part.size], sizes) for name in names)
         return next(filter(None, found), None)
 
-    def _linears_guard(self, block: nn.Module, linears: dict[str, str], sizes: dict[str, int]) -> str | None:
-        for path, dimensions in linears.items():
-            [(_, linear)] = walk(block, path)
-            if is_plain(linear):
-                reason = self._weight_guard(path, linear.weight, dimensions, sizes)
-                self._tensors += [] if linear.bias is None else [linear.bias]
-            else:
-                reason = self._adapted_guard(path, linear, sizes.get(dimensions.split()[0]))
-            if reason is not None:
-                return reason
-        return None
-
-    def _adapted_guard(self, path: str, linear: nn.Module, width: int | None) -> str | None:
-        """Only the width is asked: it is called as it is."""
+    def _linear_guard(self, path: str, linear: nn.Module, names: list[str], sizes: dict[str, int]) -> str | None:
+        if is_plain(linear):
+            self._tensors += [] if linear.bias is None else [linear.bias]
+            return self._weight_guard(path, linear.weight, names, sizes)
+        # Of an adapted one only the width is asked: it is called as it is.
         self.plain = False
         # PEFT's adapters choose by the prompt, or by the place in it, through hooks.
         heard = any(has_hooks(child) for child in linear.modules())
         self.row_by_row &= not heard and isinstance(inside(linear), nn.Linear)
+        width = sizes.get(names[0])
         found = getattr(inside(linear), "out_features", width)
         return None if width in (None, found) else f"{path} has {found} outputs, expected {width}"
 
-    def _weight_guard(self, path: str, weight: torch.Tensor | None, dimensions: str, sizes: dict[str, int]) -> str | None:
-        names = dimensions.split()
+    def _weight_guard(self, path: str, weight: torch.Tensor | None, names: list[str], sizes: dict[str, int]) -> str | None:
         if weight is None or weight.ndim != len(names):
             return f"{path} is {weight if weight is None else tuple(weight.shape)}, expected {tuple(names)}"
         self.weight = weight if self.weight is None else self.weight

@@ -125,7 +125,7 @@ def check_model(root: nn.Module, backend: str) -> None:
     for target in TARGETS:
         _check_signature(target)
         try:
-            found = [("", root)] * (root is not inner) if target.path == HEAD else list(guards.walk(inner, target.path))
+            found = [("", root)] * (root is not inner) if target.path == HEAD else guards.walk(inner, target.path)
         except LookupError as error:
             raise PatchError(f"{error}: the model's structure has changed") from None
         for path, module in found:
