@@ -14,27 +14,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
-
-
-class ReshapeToParameter(ConversionOps):
-    """An embedding table of one row, (1, n), in the shape of the parameter that holds the same numbers."""
-
-    @torch.no_grad
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> dict[str, torch.Tensor]:
-        (tensors,) = input_dict.values()
-        tensor = tensors[0] if isinstance(tensors, list) else tensors
-        expected = kwargs["model"].get_parameter(kwargs["full_layer_name"]).shape
-        return {target_patterns[0]: tensor.reshape(expected)}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        raise NotImplementedError("saving writes the published names and never comes here")
+from transformers.core_model_loading import SplitModulelist, WeightConverter, WeightRenaming
+from transformers.modeling_utils import _add_variant
 
 
 def published_names(base_prefix: str) -> list[WeightRenaming]:
@@ -45,11 +28,11 @@ def published_names(base_prefix: str) -> list[WeightRenaming]:
     ]
 
 
-def upstream_names() -> list[WeightConverter]:
-    """The upstream port's two embedding tables -> parameters. Its other names are the module names."""
+def upstream_names() -> list[WeightConverter | WeightRenaming]:
+    """The upstream port's two embedding tables of one row -> parameters. Its other names are the module names."""
     return [
-        WeightConverter(f"visual.{name}.weight", f"visual.{name}", operations=[ReshapeToParameter()])
-        for name in ("class_embedding", "class_pos_emb")
+        WeightConverter("visual.class_embedding.weight", "visual.class_embedding", operations=[SplitModulelist(dim=0)]),
+        WeightRenaming("visual.class_pos_emb.weight", "visual.class_pos_emb"),
     ]
 
 
@@ -84,8 +67,8 @@ def _check_folder(folder: Path, variant: str | None) -> None:
         for file in _files_of(index):
             if Path(file).name != file:
                 raise OSError(f"{index} names the file {file!r}, expected a file of the same folder")
-    single = folder / _with_variant("model.safetensors", variant)
-    index = folder / _with_variant("model.safetensors.index.json", variant)
+    single = folder / _add_variant("model.safetensors", variant)
+    index = folder / _add_variant("model.safetensors.index.json", variant)
     files = {single.name} if single.is_file() else _files_of(index) if index.is_file() else set()
     pickles = sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if not files and not any(folder.glob("*.safetensors")) and pickles:
@@ -99,11 +82,6 @@ def _check_folder(folder: Path, variant: str | None) -> None:
                 pass
         except SafetensorError as error:
             raise OSError(f"{path} is not a complete safetensors file: {error}") from None
-
-
-def _with_variant(name: str, variant: str | None) -> str:
-    stem, _, end = name.rpartition(".")
-    return name if variant is None else f"{stem}.{variant}.{end}"
 
 
 def _read(path: Path, what: str) -> dict[str, Any]:

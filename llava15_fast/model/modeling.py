@@ -15,8 +15,10 @@ corrected behaviour.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -161,22 +163,13 @@ class LlavaOnevision1_5VisionAttention(nn.Module):
         query, key = apply_rope_tables(query, key, *position_embeddings)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        outputs, weights = [], None
+        dropout = self.attention_dropout if self.training else 0.0
+        options = dict(attention_mask=None, scaling=self.scaling, dropout=dropout, is_causal=False, **kwargs)
         segments = (tensor.transpose(0, 1)[None].split(layout.lengths, dim=2) for tensor in (query, key, value))
-        for segment in zip(*segments, strict=True):
-            output, weights = attention(
-                self,
-                *segment,
-                attention_mask=None,
-                scaling=self.scaling,
-                dropout=self.attention_dropout if self.training else 0.0,
-                is_causal=False,
-                **kwargs,
-            )
-            outputs.append(output)
-        hidden_states = torch.cat(outputs, dim=1).reshape(hidden_states.shape)
+        results = [attention(self, *segment, **options) for segment in zip(*segments, strict=True)]
+        hidden_states = torch.cat([output for output, _ in results], dim=1).reshape(hidden_states.shape)
         # Weights of one segment only would be a wrong answer for several.
-        return self.proj(hidden_states), weights if len(outputs) == 1 else None
+        return self.proj(hidden_states), results[0][1] if len(results) == 1 else None
 
 
 class LlavaOnevision1_5VisionMLP(nn.Module):
@@ -336,9 +329,8 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
         """(N, pixels) -> (S, hidden): patch embeddings, a class row before each segment, pre_layernorm."""
         patches = self.patch_embed(pixel_values)
         class_row = self.class_embedding.to(patches.dtype)[None]
-        rows = []
-        for segment in patches.split([length - 1 for length in layout.lengths]):
-            rows += [class_row, segment]
+        segments = patches.split([length - 1 for length in layout.lengths])
+        rows = [row for segment in segments for row in (class_row, segment)]
         return self.pre_layernorm(torch.cat(rows))
 
     def encode(self, hidden_states: torch.Tensor, layout: VisionLayout, **kwargs: Any) -> torch.Tensor:
@@ -363,16 +355,14 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
         width = self.config.in_channels * self.config.patch_size**2
         if pixel_values.ndim != 2 or pixel_values.shape[-1] != width:
             raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}, expected (patches, {width})")
-        grids = grid_thw.tolist()
-        merge = self.spatial_merge_size
+        grids, merge = grid_thw.tolist(), self.spatial_merge_size
         for index, (t, h, w) in enumerate(grids):
             if not all(type(size) is int for size in (t, h, w)) or min(t, h, w) < 1 or h % merge or w % merge:
                 raise ValueError(
                     f"grid_thw[{index}] is ({t}, {h}, {w}), expected positive integers with h and w divisible by the "
                     f"merge size {merge}"
                 )
-        patches = sum(t * h * w for t, h, w in grids)
-        if patches != pixel_values.shape[0]:
+        if (patches := sum(map(math.prod, grids))) != pixel_values.shape[0]:
             raise ValueError(f"grid_thw {grids} describes {patches} patches, but pixel_values has {pixel_values.shape[0]}")
         return grids
 
@@ -385,20 +375,13 @@ def repeat_per_prompt(
     Raises:
         ValueError: the grids cannot be dealt out to the prompts by their numbers of patches.
     """
-    sizes = grid_thw.prod(-1).tolist()
-    images_per_prompt, taken = [], 0
-    for patches in patches_per_prompt:
-        start = taken
-        while taken < len(sizes) and sum(sizes[start:taken]) < patches:
-            taken += 1
-        if sum(sizes[start:taken]) != patches:
-            raise ValueError(f"placeholders for {patches} patches in a prompt, but the next images have {sizes[start:]}")
-        images_per_prompt.append(taken - start)
-    repeated_pixels, repeated_grids = [], []
-    for own_pixels, own_grids in zip(pixels.split(patches_per_prompt), grid_thw.split(images_per_prompt), strict=True):
-        repeated_pixels += [own_pixels] * times
-        repeated_grids += [own_grids] * times
-    return torch.cat(repeated_pixels), torch.cat(repeated_grids)
+    ends, bounds = [0, *accumulate(grid_thw.prod(-1).tolist())], [0, *accumulate(patches_per_prompt)]
+    if not {*bounds} <= {*ends} or bounds[-1] != ends[-1]:
+        raise ValueError(f"placeholders for {patches_per_prompt} patches in the prompts, but images end at {ends[1:]}")
+    images_per_prompt = [ends.index(end) - ends.index(start) for start, end in pairwise(bounds)]
+    parts = zip(pixels.split(patches_per_prompt), grid_thw.split(images_per_prompt), strict=True)
+    repeated = [part for part in parts for _ in range(times)]
+    return torch.cat([pixels for pixels, _ in repeated]), torch.cat([grids for _, grids in repeated])
 
 
 class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
@@ -410,12 +393,6 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         self.language_model = Qwen3Model._from_config(config.text_config)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
-
     def get_image_features(
         self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
@@ -425,7 +402,7 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         grids = self.visual.check_inputs(pixel_values, image_grid_thw)
         output = self.visual(pixel_values, grid_thw=image_grid_thw, **{**kwargs, "return_dict": True})
         merged = self.visual.spatial_merge_size**2
-        output.pooler_output = output.pooler_output.split([t * h * w // merged for t, h, w in grids])
+        output.pooler_output = output.pooler_output.split([math.prod(grid) // merged for grid in grids])
         return output
 
     def get_video_features(
@@ -434,39 +411,24 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         """As `get_image_features`, one tensor per video."""
         return self.get_image_features(pixel_values_videos, video_grid_thw, **kwargs)
 
-    def placeholder_mask(
-        self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
-    ) -> torch.Tensor:
-        """(B, L) where the placeholder token stands: by its id, or by its embedding where there are no ids."""
+    def placeholder_mask(self, kind: str, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """(B, L) where placeholders of `kind` stand: by their id, or by their embedding where there are no ids."""
+        token_id = getattr(self.config, f"{kind}_token_id")
         if input_ids is not None and input_ids.shape[-1]:
             return input_ids == token_id
         placeholder = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
         return (inputs_embeds == placeholder).all(-1)
 
-    def find_placeholders(
-        self,
-        kind: str,
-        token_id: int,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor,
-        pixels: torch.Tensor,
-        grid_thw: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """(B, L) where features take the place of embeddings. Reads from the device, and the vision tower has not begun.
-
-        Raises:
-            ValueError: the number of placeholders is not the number of features, or grids and pixels do not match.
-        """
+    def check_placeholders(self, kind: str, mask: torch.Tensor, pixels: torch.Tensor, grid_thw: torch.Tensor | None) -> None:
+        """Raises ValueError where the number of placeholders is not that of features, or grids and pixels do not match."""
         if grid_thw is None:
             raise ValueError(f"{kind} pixels were passed without {kind}_grid_thw")
-        mask = self.placeholder_mask(token_id, input_ids, inputs_embeds)
-        features = sum(t * h * w for t, h, w in self.visual.check_inputs(pixels, grid_thw)) // self.visual.spatial_merge_size**2
+        features = sum(map(math.prod, self.visual.check_inputs(pixels, grid_thw))) // self.visual.spatial_merge_size**2
         if (found := int(mask.sum())) != features:
             raise ValueError(
-                f"{found} {kind} placeholder tokens (id {token_id}) in the prompt, but the {kind} inputs give "
-                f"{features} features: they must be equal"
+                f"{found} {kind} placeholder tokens (id {getattr(self.config, f'{kind}_token_id')}) in the prompt, but the "
+                f"{kind} inputs give {features} features: they must be equal"
             )
-        return mask
 
     @can_return_tuple
     def forward(
@@ -503,18 +465,17 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         if inputs_embeds is None:
             check_device("input_ids", input_ids, self.get_input_embeddings())
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        # Grids are read on the host from here on: behind the first tower a read would wait for it.
-        image_grid_thw, video_grid_thw = (
-            grid.cpu() if isinstance(grid, torch.Tensor) else grid for grid in (image_grid_thw, video_grid_thw)
-        )
-        pictures = [
-            (self.find_placeholders(kind, token_id, input_ids, inputs_embeds, pixels, grid_thw), pixels, grid_thw)
-            for kind, token_id, pixels, grid_thw in (
-                ("image", self.config.image_token_id, pixel_values, image_grid_thw),
-                ("video", self.config.video_token_id, pixel_values_videos, video_grid_thw),
-            )
-            if pixels is not None
-        ]
+        pictures = []
+        for kind, pixels, grid_thw in (
+            ("image", pixel_values, image_grid_thw),
+            ("video", pixel_values_videos, video_grid_thw),
+        ):
+            if pixels is not None:
+                # Read on the host, before the first tower is launched: behind it a read would wait for it.
+                grid_thw = grid_thw.cpu() if isinstance(grid_thw, torch.Tensor) else grid_thw
+                mask = self.placeholder_mask(kind, input_ids, inputs_embeds)
+                self.check_placeholders(kind, mask, pixels, grid_thw)
+                pictures.append((mask, pixels, grid_thw))
         for mask, pixels, grid_thw in pictures:
             features = torch.cat(self.get_image_features(pixels, grid_thw).pooler_output)
             features = features.to(inputs_embeds.device, inputs_embeds.dtype)
@@ -543,29 +504,18 @@ class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel
         self.post_init()
 
     def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.Tensor | None = None,
-        **model_kwargs: Any,
+        self, expand_size: int = 1, input_ids: torch.Tensor | None = None, **model_kwargs: Any
     ) -> tuple[torch.Tensor | None, dict[str, Any]]:
         """Repeats each prompt for beams and several answers. Its images are repeated as a whole, not row by row."""
-        if expand_size == 1:
-            return input_ids, model_kwargs
-        expanded = {}
-        for token_id, pixels_name, grid_name in (
-            (self.config.image_token_id, "pixel_values", "image_grid_thw"),
-            (self.config.video_token_id, "pixel_values_videos", "video_grid_thw"),
-        ):
-            pixels, grid_thw = model_kwargs.pop(pixels_name, None), model_kwargs.pop(grid_name, None)
+        expanded, merged = {}, self.model.visual.spatial_merge_size**2
+        for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")) if expand_size > 1 else ():
+            pixels, grid_thw = model_kwargs.pop(name, None), model_kwargs.pop(f"{kind}_grid_thw", None)
             if pixels is not None and grid_thw is not None:
-                mask = self.model.placeholder_mask(token_id, input_ids, model_kwargs.get("inputs_embeds"))
-                merged = self.model.visual.spatial_merge_size**2
-                expanded[pixels_name], expanded[grid_name] = repeat_per_prompt(
-                    pixels, grid_thw, [merged * tokens for tokens in mask.sum(-1).tolist()], expand_size
-                )
+                mask = self.model.placeholder_mask(kind, input_ids, model_kwargs.get("inputs_embeds"))
+                patches = [merged * tokens for tokens in mask.sum(-1).tolist()]
+                expanded[name], expanded[f"{kind}_grid_thw"] = repeat_per_prompt(pixels, grid_thw, patches, expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+            expand_size=expand_size, input_ids=input_ids, **model_kwargs
         )
         return input_ids, {**model_kwargs, **expanded}
 
