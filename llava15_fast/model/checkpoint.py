@@ -96,8 +96,6 @@ def _read(path: Path, what: str) -> dict[str, Any]:
 
 def _files_of(index: Path) -> set[str]:
     names = _read(index, "JSON with a weight_map").get("weight_map")
-    if not isinstance(names, dict):
-        raise OSError(f"cannot read {index}: expected JSON with a weight_map (it is {type(names).__name__})")
-    if strange := [name for name in names.values() if not isinstance(name, str)]:
-        raise OSError(f"cannot read {index}: expected JSON with a weight_map (it names the file {strange[0]!r})")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise OSError(f"cannot read {index}: expected JSON with a weight_map of file names")
     return set(names.values())

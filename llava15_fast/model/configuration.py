@@ -14,8 +14,6 @@ from typing import Any
 from transformers import PreTrainedConfig, Qwen3Config
 from transformers.activations import ACT2FN
 
-UPSTREAM_MODEL_TYPE = "llava_onevision1_5"
-
 MAX_LAYERS = 1000
 """More are no model but a way to keep a machine busy."""
 
@@ -165,7 +163,7 @@ def _part(config_class: type[PreTrainedConfig], given: Any, **defaults: Any) -> 
 class LlavaOnevision1_5UpstreamConfig(LlavaOnevision1_5Config):
     """Reads the upstream port's `config.json`; what it returns is a plain `LlavaOnevision1_5Config`."""
 
-    model_type = UPSTREAM_MODEL_TYPE
+    model_type = "llava_onevision1_5"
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -30,6 +30,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
 from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
@@ -84,15 +85,12 @@ class VisionLayout:
         numbers: dict[str, Any] = {"dtype": torch.int32, "device": "cpu"}
         class_row = torch.full((1, 2), -1, **numbers)
         for t, h, w in grids:
-            rows, columns = torch.meshgrid(torch.arange(h, **numbers), torch.arange(w, **numbers), indexing="ij")
-            grid = torch.stack([rows, columns], dim=-1)
+            grid = torch.cartesian_prod(torch.arange(h, **numbers), torch.arange(w, **numbers))
             # The image processor stores patches merge block by merge block.
-            blocks = grid.view(h // merge_size, merge_size, w // merge_size, merge_size, 2)
-            frame = torch.cat([class_row, blocks.transpose(1, 2).reshape(h * w, 2)])
-            positions.extend([frame] * t)
-            lengths.extend([h * w + 1] * t)
-        cu_seqlens = torch.zeros(len(lengths) + 1, **numbers)
-        cu_seqlens[1:] = torch.tensor(lengths, **numbers).cumsum(0)
+            blocks = grid.view(h // merge_size, merge_size, w // merge_size, merge_size, 2).transpose(1, 2)
+            positions += [class_row, blocks.reshape(h * w, 2)] * t
+            lengths += [h * w + 1] * t
+        cu_seqlens = torch.tensor([0, *accumulate(lengths)], **numbers)
         position_ids = torch.cat(positions)
         patch_rows = (position_ids[:, 0] >= 0).nonzero()[:, 0]
         return cls(tuple(lengths), *(send(tensor, device) for tensor in (cu_seqlens, position_ids, patch_rows)))
@@ -136,20 +134,12 @@ class LlavaOnevision1_5VisionRotaryEmbedding(nn.Module):
         return vision_rope_tables(position_ids, self.inv_freq, class_pos_emb)
 
 
-class LlavaOnevision1_5VisionAttention(nn.Module):
+class LlavaOnevision1_5VisionAttention(Qwen2_5_VLVisionAttention):
     """Multi-head attention inside each segment, with 2D RoPE on queries and keys and one packed qkv projection."""
 
     def __init__(self, config: LlavaOnevision1_5VisionConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.num_heads = config.num_heads
-        self.head_dim = config.hidden_size // config.num_heads
-        self.scaling = self.head_dim**-0.5
+        super().__init__(config)
         self.attention_dropout = config.attention_dropout
-        self.num_key_value_groups = 1
-        self.is_causal = False
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
         self,
@@ -367,23 +357,6 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
         return grids
 
 
-def repeat_per_prompt(
-    pixels: torch.Tensor, grid_thw: torch.Tensor, patches_per_prompt: list[int], times: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Patches (N, ...) and grids (n, 3) of all prompts, those of each prompt `times` in a row.
-
-    Raises:
-        ValueError: the grids cannot be dealt out to the prompts by their numbers of patches.
-    """
-    ends, bounds = [0, *accumulate(grid_thw.prod(-1).tolist())], [0, *accumulate(patches_per_prompt)]
-    if not {*bounds} <= {*ends} or bounds[-1] != ends[-1]:
-        raise ValueError(f"placeholders for {patches_per_prompt} patches in the prompts, but images end at {ends[1:]}")
-    images_per_prompt = [ends.index(end) - ends.index(start) for start, end in pairwise(bounds)]
-    parts = zip(pixels.split(patches_per_prompt), grid_thw.split(images_per_prompt), strict=True)
-    repeated = [part for part in parts for _ in range(times)]
-    return torch.cat([pixels for pixels, _ in repeated]), torch.cat([grids for _, grids in repeated])
-
-
 class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
     """Vision tower and language model; returns hidden states."""
 
@@ -512,8 +485,17 @@ class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel
             pixels, grid_thw = model_kwargs.pop(name, None), model_kwargs.pop(f"{kind}_grid_thw", None)
             if pixels is not None and grid_thw is not None:
                 mask = self.model.placeholder_mask(kind, input_ids, model_kwargs.get("inputs_embeds"))
-                patches = [merged * tokens for tokens in mask.sum(-1).tolist()]
-                expanded[name], expanded[f"{kind}_grid_thw"] = repeat_per_prompt(pixels, grid_thw, patches, expand_size)
+                ends = [0, *accumulate(grid_thw.prod(-1).tolist())]
+                bounds = [0, *accumulate(merged * tokens for tokens in mask.sum(-1).tolist())]
+                if not {*bounds} <= {*ends} or bounds[-1] != ends[-1]:
+                    raise ValueError(
+                        f"placeholders of the prompts end at patches {bounds[1:]}, but those of {kind}s at {ends[1:]}"
+                    )
+                for key, value, cuts in (
+                    (name, pixels, bounds),
+                    (f"{kind}_grid_thw", grid_thw, [ends.index(bound) for bound in bounds]),
+                ):
+                    expanded[key] = torch.cat([value[a:b] for a, b in pairwise(cuts) for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, input_ids=input_ids, **model_kwargs
         )

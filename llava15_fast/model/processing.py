@@ -95,18 +95,15 @@ def _short(text: str) -> str:
 def _open(source: str | PathLike) -> Image.Image:
     text = source if isinstance(source, str) else ""
     file: Any = Path(source)
+    is_base64 = len(text) > 64 and re.fullmatch(r"[A-Za-z0-9+/\s]+={0,2}\s*", text) and not Path(text[:255]).exists()
     if text.startswith(("http://", "https://")):
         file = io.BytesIO(_fetch(text))
-    elif text.startswith("data:image/") or _is_base64(text):
+    elif text.startswith("data:image/") or is_base64:
         file = io.BytesIO(base64.b64decode(text.rpartition(",")[2]))
     elif file.exists() and not file.is_file():
         raise OSError("not a regular file")  # a pipe or a device may keep its reader waiting for ever
     Image.init()
     return Image.open(file, formats=[known for known in FORMATS if known in Image.OPEN])
-
-
-def _is_base64(text: str) -> bool:
-    return len(text) > 64 and re.fullmatch(r"[A-Za-z0-9+/\s]+={0,2}\s*", text) is not None and not Path(text[:255]).exists()
 
 
 def _fetch(address: str) -> bytes:
@@ -232,24 +229,15 @@ class LlavaOnevision1_5Processor(Qwen2VLProcessor):
     """
 
     valid_processor_kwargs = ProcessingKwargs
+    video_processor = property(lambda self: self.image_processor)  # frames are images
     return_mm_token_type_ids = False  # given if asked for: the model, of plain 1D positions, does without
 
-    def __init__(
-        self,
-        image_processor: Qwen2VLImageProcessorPil | None = None,
-        tokenizer: Any = None,
-        chat_template: str | None = None,
-    ) -> None:
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
         if image_processor is None or tokenizer is None:
             raise ValueError("the processor needs an image_processor and a tokenizer")
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
         if image_processor.temporal_patch_size != 1:
             raise ValueError(f"temporal_patch_size of the image processor is {image_processor.temporal_patch_size}, expected 1")
-
-    @property
-    def video_processor(self) -> Qwen2VLImageProcessorPil:
-        """Frames are images here."""
-        return self.image_processor
 
     @classmethod
     def _get_arguments_from_pretrained(
@@ -360,20 +348,22 @@ class LlavaOnevision1_5Processor(Qwen2VLProcessor):
         self, image_sizes: list[Any] | None = None, video_sizes: list[Any] | None = None, **kwargs: Any
     ) -> MultiModalData:
         """Placeholders of images of the sizes (height, width) and videos (frames, height, width), under a call's options."""
-        merged, found = self._merge_kwargs(self.valid_processor_kwargs, **kwargs), MultiModalData()
-        for kind, sizes in (("image", image_sizes), ("video", video_sizes)):
-            options = merged[f"{kind}s_kwargs"]
-            if options.get("do_resize") is False:
+        merged, merge = self._merge_kwargs(self.valid_processor_kwargs, **kwargs), self.image_processor.merge_size**2
+
+        def patches(kind: str, height: int, width: int) -> int:
+            if merged[kind].get("do_resize") is False:
                 raise ValueError("do_resize is False: the sizes of what goes to the model are not known before")
-            limits = {"min_pixels": options["size"]["shortest_edge"], "max_pixels": options["size"]["longest_edge"]}
-            if sizes is not None:
-                frames = [size[0] if kind == "video" else 1 for size in sizes]
-                one = [self.image_processor.get_number_of_image_patches(*size[-2:], limits) for size in sizes]
-                patches = [count * number for count, number in zip(frames, one, strict=True)]
-                setattr(found, f"num_{kind}_tokens", [number // self.image_processor.merge_size**2 for number in patches])
-                if kind == "image":
-                    found.num_image_patches = patches
-        return found
+            size = merged[kind]["size"]
+            limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+            return self.image_processor.get_number_of_image_patches(height, width, limits)
+
+        found: dict[str, list[int]] = {}
+        if image_sizes is not None:
+            found["num_image_patches"] = [patches("images_kwargs", *size) for size in image_sizes]
+            found["num_image_tokens"] = [count // merge for count in found["num_image_patches"]]
+        if video_sizes is not None:
+            found["num_video_tokens"] = [t * patches("videos_kwargs", *size) // merge for t, *size in video_sizes]
+        return MultiModalData(**found)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -382,18 +372,14 @@ class LlavaOnevision1_5Processor(Qwen2VLProcessor):
 
 def _pixel_limits(size: Any, min_pixels: float | None = None, max_pixels: float | None = None) -> dict[str, int]:
     """The image processor's `size` with a call's limits put in; one that passes the configured other one takes it along."""
-    for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.number, type(None))):
-            raise ValueError(f"{name} is {value!r}, expected a number of pixels")
     try:
-        low, high = size["shortest_edge"] + 0, size["longest_edge"] + 0
+        low = size["shortest_edge"] if min_pixels is None else min_pixels
+        high = size["longest_edge"] if max_pixels is None else max_pixels
+        low = low if min_pixels is not None else min(low, high)
+        high = high if max_pixels is not None else max(low, high)
     except (KeyError, TypeError):
-        raise ValueError(f"size is {size!r}, expected the numbers of pixels shortest_edge and longest_edge") from None
-    low, high = low if min_pixels is None else min_pixels, high if max_pixels is None else max_pixels
-    if max_pixels is None:
-        high = max(low, high)
-    if min_pixels is None:
-        low = min(low, high)
+        given = f"size {size!r}, min_pixels {min_pixels!r}, max_pixels {max_pixels!r}"
+        raise ValueError(f"{given}: expected numbers of pixels, shortest_edge and longest_edge in a size") from None
     if not 0 < low <= high:
         raise ValueError(f"min_pixels {low} and max_pixels {high}: expected 0 < min <= max")
     if Image.MAX_IMAGE_PIXELS is not None and low > 2 * Image.MAX_IMAGE_PIXELS:

@@ -34,6 +34,17 @@ from .processing import LlavaOnevision1_5Processor
 
 logger = logging.getLogger(__name__)
 
+EXPORTED = (
+    LlavaOnevision1_5Config,
+    LlavaOnevision1_5VisionConfig,
+    LlavaOnevision1_5TextConfig,
+    LlavaOnevision1_5Model,
+    LlavaOnevision1_5VisionModel,
+    LlavaOnevision1_5ForConditionalGeneration,
+    LlavaOnevision1_5Processor,
+)
+"""The names of the reference page, for `from transformers import LlavaOnevision1_5ForConditionalGeneration`."""
+
 
 def _install_processor_lookup() -> None:
     """`AutoProcessor.from_pretrained` on a folder of this model gives our processor, whatever class its files name.
@@ -41,17 +52,16 @@ def _install_processor_lookup() -> None:
     The published files name `Qwen2_5_VLProcessor`, which AutoProcessor takes before it looks at the model's type.
     """
     original = AutoProcessor.from_pretrained
-    if getattr(original, "llava15_fast", False):
-        return
 
     @functools.wraps(original)
     def from_pretrained(pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        if _is_this_model(pretrained_model_name_or_path, kwargs):
-            return LlavaOnevision1_5Processor.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return original(pretrained_model_name_or_path, **kwargs)
+        ours = _is_this_model(pretrained_model_name_or_path, kwargs)
+        load = LlavaOnevision1_5Processor.from_pretrained if ours else original
+        return load(pretrained_model_name_or_path, **kwargs)
 
     from_pretrained.llava15_fast = True
-    AutoProcessor.from_pretrained = staticmethod(from_pretrained)
+    if not hasattr(original, "llava15_fast"):
+        AutoProcessor.from_pretrained = staticmethod(from_pretrained)
 
 
 def _is_this_model(name_or_path: Any, kwargs: dict[str, Any]) -> bool:
@@ -65,40 +75,24 @@ def _is_this_model(name_or_path: Any, kwargs: dict[str, Any]) -> bool:
     return model_type in CONFIG_MAPPING and issubclass(CONFIG_MAPPING[model_type], LlavaOnevision1_5Config)
 
 
-def _export_names() -> None:
-    """`from transformers import LlavaOnevision1_5ForConditionalGeneration` and the other names of the reference page."""
-    for exported in (
-        LlavaOnevision1_5Config,
-        LlavaOnevision1_5VisionConfig,
-        LlavaOnevision1_5TextConfig,
-        LlavaOnevision1_5Model,
-        LlavaOnevision1_5VisionModel,
-        LlavaOnevision1_5ForConditionalGeneration,
-        LlavaOnevision1_5Processor,
-    ):
-        present = getattr(sys.modules["transformers"], exported.__name__, exported)
-        if present is not exported:
-            logger.warning("transformers brings its own %s; it is left in place", exported.__name__)
-            # transformers looks up the names of tensors by the class's name: theirs and ours must not share it.
-            exported.__name__ = f"Llava15Fast{exported.__name__}"
-            continue
-        setattr(sys.modules["transformers"], exported.__name__, exported)
-
-
 def register() -> None:
     """Idempotent."""
-    for config_class in (LlavaOnevision1_5Config, LlavaOnevision1_5VisionConfig, LlavaOnevision1_5TextConfig):
+    for config_class in EXPORTED[:3]:
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    try:
+    if LlavaOnevision1_5UpstreamConfig.model_type not in CONFIG_MAPPING:  # a transformers that brings it reads it itself
         AutoConfig.register(LlavaOnevision1_5UpstreamConfig.model_type, LlavaOnevision1_5UpstreamConfig)
-    except ValueError:
-        logger.info("transformers brings %s itself", LlavaOnevision1_5UpstreamConfig.model_type)
     AutoModel.register(LlavaOnevision1_5Config, LlavaOnevision1_5Model, exist_ok=True)
     AutoModel.register(LlavaOnevision1_5VisionConfig, LlavaOnevision1_5VisionModel, exist_ok=True)
     for auto_class in (AutoModelForImageTextToText, AutoModelForCausalLM):
         auto_class.register(LlavaOnevision1_5Config, LlavaOnevision1_5ForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(LlavaOnevision1_5Config, LlavaOnevision1_5Processor, exist_ok=True)
     _install_processor_lookup()
-    _export_names()
+    for exported in EXPORTED:
+        if getattr(sys.modules["transformers"], exported.__name__, exported) is exported:
+            setattr(sys.modules["transformers"], exported.__name__, exported)
+        else:
+            logger.warning("transformers brings its own %s; it is left in place", exported.__name__)
+            # transformers looks up the names of tensors by the class's name: theirs and ours must not share it.
+            exported.__name__ = f"Llava15Fast{exported.__name__}"
     for model_class in (LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model):
         register_tensor_names(model_class)
