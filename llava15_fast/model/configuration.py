@@ -66,14 +66,12 @@ class LlavaOnevision1_5VisionConfig(PreTrainedConfig):
             self.text_hidden_size = out_hidden_size
         super().__post_init__(**kwargs)
         sizes = ["hidden_size", "intermediate_size", "num_heads", "text_hidden_size", "in_channels", "patch_size"]
-        sizes += ["spatial_merge_size", "temporal_patch_size"]
+        sizes.append("spatial_merge_size")
         numbers = ["layer_norm_eps", "rope_theta", "attention_dropout", "initializer_range"]
         _check(self, "vision", layers=["depth"], sizes=sizes, numbers=numbers, activations=["hidden_act"])
         if self.hidden_size % (4 * self.num_heads):
-            raise ValueError(
-                f"vision hidden_size {self.hidden_size} with num_heads {self.num_heads}: 2D RoPE needs a head_dim "
-                "that is a multiple of 4"
-            )
+            found = f"vision hidden_size {self.hidden_size} with num_heads {self.num_heads}"
+            raise ValueError(f"{found}: 2D RoPE needs a head_dim that is a multiple of 4")
         if self.temporal_patch_size != 1:
             raise ValueError(f"temporal_patch_size {self.temporal_patch_size} is not supported, expected 1")
 
@@ -101,10 +99,8 @@ class LlavaOnevision1_5TextConfig(Qwen3Config):
         numbers = ["rms_norm_eps", "attention_dropout", "initializer_range"]
         _check(self, "text", layers=["num_hidden_layers"], sizes=sizes, numbers=numbers, activations=["hidden_act"])
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"text num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads "
-                f"{self.num_key_value_heads}"
-            )
+            found = f"text num_attention_heads {self.num_attention_heads}"
+            raise ValueError(f"{found} is no multiple of num_key_value_heads {self.num_key_value_heads}")
         if self.head_dim % 2:
             raise ValueError(f"text head_dim {self.head_dim} is odd: RoPE turns pairs")
 
@@ -142,10 +138,8 @@ class LlavaOnevision1_5Config(PreTrainedConfig):
         # The published top level repeats this key; the text configuration is the one that counts.
         kwargs.pop("vocab_size", None)
         super().__post_init__(**kwargs)
-        if self.vision_config.text_hidden_size != width:
-            raise ValueError(
-                f"vision text_hidden_size {self.vision_config.text_hidden_size} must equal the text hidden_size {width}"
-            )
+        if (found := self.vision_config.text_hidden_size) != width:
+            raise ValueError(f"vision text_hidden_size {found} must equal the text hidden_size {width}")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

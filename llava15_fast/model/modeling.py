@@ -22,7 +22,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, Qwen3Model
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -42,14 +42,14 @@ from .configuration import LlavaOnevision1_5Config, LlavaOnevision1_5VisionConfi
 from .releases import CACHE
 
 
-def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def send(tensor: Tensor, device: torch.device) -> Tensor:
     """From the host to `device` without waiting for it, which a copy from pageable memory would do."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
-def check_device(name: str, tensor: torch.Tensor, module: nn.Module) -> None:
+def check_device(name: str, tensor: Tensor, module: nn.Module) -> None:
     """Raises ValueError where `tensor` is not where `module` computes. accelerate's hooks move tensors themselves."""
-    if not isinstance(tensor, torch.Tensor):
+    if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} is a {type(tensor).__name__}, expected a tensor")
     device = module.weight.device
     if tensor.device != device and device.type != "meta" and not hasattr(module, "_hf_hook"):
@@ -68,9 +68,9 @@ class VisionLayout:
     """
 
     lengths: tuple[int, ...]
-    cu_seqlens: torch.Tensor
-    position_ids: torch.Tensor
-    patch_rows: torch.Tensor
+    cu_seqlens: Tensor
+    position_ids: Tensor
+    patch_rows: Tensor
 
     @property
     def max_seqlen(self) -> int:
@@ -80,7 +80,7 @@ class VisionLayout:
     def from_grids(cls, grids: list[list[int]], merge_size: int, device: torch.device) -> VisionLayout:
         """`grids` holds (t, h, w) in patches per image or video, already checked."""
         lengths: list[int] = []
-        positions: list[torch.Tensor] = []
+        positions: list[Tensor] = []
         # Made on the host, wherever tensors are made by default.
         numbers: dict[str, Any] = {"dtype": torch.int32, "device": "cpu"}
         class_row = torch.full((1, 2), -1, **numbers)
@@ -103,7 +103,7 @@ class LlavaOnevision1_5VisionPatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: Tensor) -> Tensor:
         kernel = self.proj.weight.shape[1:]
         return self.proj(pixel_values.to(self.proj.weight.dtype).view(-1, *kernel)).flatten(1)
 
@@ -127,10 +127,10 @@ class LlavaOnevision1_5VisionRotaryEmbedding(nn.Module):
             self.inv_freq = self.compute_inv_freq().to(self.inv_freq.device)
         return self
 
-    def compute_inv_freq(self) -> torch.Tensor:
+    def compute_inv_freq(self) -> Tensor:
         return 1.0 / (self.theta ** (torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim))
 
-    def forward(self, position_ids: torch.Tensor, class_pos_emb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, position_ids: Tensor, class_pos_emb: Tensor) -> tuple[Tensor, Tensor]:
         return vision_rope_tables(position_ids, self.inv_freq, class_pos_emb)
 
 
@@ -142,12 +142,8 @@ class LlavaOnevision1_5VisionAttention(Qwen2_5_VLVisionAttention):
         self.attention_dropout = config.attention_dropout
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        layout: VisionLayout,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, hidden_states: Tensor, layout: VisionLayout, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """(S, hidden) -> (S, hidden), and the attention weights where the implementation returns them."""
         query, key, value = self.qkv(hidden_states).view(-1, 3, self.num_heads, self.head_dim).unbind(1)
         query, key = apply_rope_tables(query, key, *position_embeddings)
@@ -169,7 +165,7 @@ class LlavaOnevision1_5VisionMLP(nn.Module):
         self.act = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(hidden_states)))
 
 
@@ -183,7 +179,7 @@ class LlavaOnevision1_5VisionBlock(GradientCheckpointingLayer):
         self.attn = LlavaOnevision1_5VisionAttention(config)
         self.mlp = LlavaOnevision1_5VisionMLP(config)
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         hidden_states = hidden_states + self.attn(self.norm1(hidden_states), *args, **kwargs)[0]
         return hidden_states + self.mlp(self.norm2(hidden_states))
 
@@ -201,7 +197,7 @@ class LlavaOnevision1_5VisionPatchMerger(nn.Module):
             nn.Linear(self.merged_size, config.text_hidden_size),
         )
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         return self.mlp(self.ln_q(hidden_states).view(-1, self.merged_size))
 
 
@@ -268,10 +264,7 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
     input_modalities = ("image", "video")
     _no_split_modules = ["LlavaOnevision1_5VisionBlock"]
     _input_embed_layer = "patch_embed"
-    _can_record_outputs = {
-        "hidden_states": LlavaOnevision1_5VisionBlock,
-        "attentions": LlavaOnevision1_5VisionAttention,
-    }
+    _can_record_outputs = {"hidden_states": LlavaOnevision1_5VisionBlock, "attentions": LlavaOnevision1_5VisionAttention}
 
     def __init__(self, config: LlavaOnevision1_5VisionConfig) -> None:
         super().__init__(config)
@@ -289,11 +282,7 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
     @can_return_tuple
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
-        self,
-        pixel_values: torch.Tensor,
-        grid_thw: torch.Tensor | None = None,
-        layout: VisionLayout | None = None,
-        **kwargs: Any,
+        self, pixel_values: Tensor, grid_thw: Tensor | None = None, layout: VisionLayout | None = None, **kwargs: Any
     ) -> tuple | BaseModelOutputWithPooling:
         """
         Args:
@@ -315,7 +304,7 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
         patches, merged = self.merge_patches(hidden_states, layout)
         return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=merged)
 
-    def embed_patches(self, pixel_values: torch.Tensor, layout: VisionLayout) -> torch.Tensor:
+    def embed_patches(self, pixel_values: Tensor, layout: VisionLayout) -> Tensor:
         """(N, pixels) -> (S, hidden): patch embeddings, a class row before each segment, pre_layernorm."""
         patches = self.patch_embed(pixel_values)
         class_row = self.class_embedding.to(patches.dtype)[None]
@@ -323,19 +312,19 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
         rows = [row for segment in segments for row in (class_row, segment)]
         return self.pre_layernorm(torch.cat(rows))
 
-    def encode(self, hidden_states: torch.Tensor, layout: VisionLayout, **kwargs: Any) -> torch.Tensor:
+    def encode(self, hidden_states: Tensor, layout: VisionLayout, **kwargs: Any) -> Tensor:
         """(S, hidden) -> (S, hidden), through the blocks."""
         position_embeddings = self.rotary_pos_emb(layout.position_ids, self.class_pos_emb)
         for block in self.blocks:
             hidden_states = block(hidden_states, layout, position_embeddings, **kwargs)
         return hidden_states
 
-    def merge_patches(self, hidden_states: torch.Tensor, layout: VisionLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    def merge_patches(self, hidden_states: Tensor, layout: VisionLayout) -> tuple[Tensor, Tensor]:
         """(S, hidden) -> the patches (N, hidden) without class rows, and the merged features (N/4, text width)."""
         patches = hidden_states[layout.patch_rows.to(hidden_states.device)]
         return patches, self.merger(patches)
 
-    def check_inputs(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> list[list[int]]:
+    def check_inputs(self, pixel_values: Tensor, grid_thw: Tensor) -> list[list[int]]:
         """The grids as Python integers, after checking them against the pixels."""
         shape = getattr(grid_thw, "shape", ())
         if len(shape) != 2 or shape[-1] != 3 or shape[0] == 0:
@@ -348,10 +337,8 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
         grids, merge = grid_thw.tolist(), self.spatial_merge_size
         for index, (t, h, w) in enumerate(grids):
             if not all(type(size) is int for size in (t, h, w)) or min(t, h, w) < 1 or h % merge or w % merge:
-                raise ValueError(
-                    f"grid_thw[{index}] is ({t}, {h}, {w}), expected positive integers with h and w divisible by the "
-                    f"merge size {merge}"
-                )
+                expected = f"positive integers with h and w divisible by the merge size {merge}"
+                raise ValueError(f"grid_thw[{index}] is ({t}, {h}, {w}), expected {expected}")
         if (patches := sum(map(math.prod, grids))) != pixel_values.shape[0]:
             raise ValueError(f"grid_thw {grids} describes {patches} patches, but pixel_values has {pixel_values.shape[0]}")
         return grids
@@ -366,9 +353,7 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         self.language_model = Qwen3Model._from_config(config.text_config)
         self.post_init()
 
-    def get_image_features(
-        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """The vision tower's output with `pooler_output` split: one (t*h*w/4, text width) tensor per image."""
         pixel_values = pixel_values.to(self.visual.dtype)
         # Before the tower is launched: behind it the host would wait for it.
@@ -379,12 +364,12 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         return output
 
     def get_video_features(
-        self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor, **kwargs: Any
+        self, pixel_values_videos: Tensor, video_grid_thw: Tensor, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """As `get_image_features`, one tensor per video."""
         return self.get_image_features(pixel_values_videos, video_grid_thw, **kwargs)
 
-    def placeholder_mask(self, kind: str, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    def placeholder_mask(self, kind: str, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """(B, L) where placeholders of `kind` stand: by their id, or by their embedding where there are no ids."""
         token_id = getattr(self.config, f"{kind}_token_id")
         if input_ids is not None and input_ids.shape[-1]:
@@ -392,31 +377,29 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         placeholder = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
         return (inputs_embeds == placeholder).all(-1)
 
-    def check_placeholders(self, kind: str, mask: torch.Tensor, pixels: torch.Tensor, grid_thw: torch.Tensor | None) -> None:
+    def check_placeholders(self, kind: str, mask: Tensor, pixels: Tensor, grid_thw: Tensor | None) -> None:
         """Raises ValueError where the number of placeholders is not that of features, or grids and pixels do not match."""
         if grid_thw is None:
             raise ValueError(f"{kind} pixels were passed without {kind}_grid_thw")
         features = sum(map(math.prod, self.visual.check_inputs(pixels, grid_thw))) // self.visual.spatial_merge_size**2
-        if (found := int(mask.sum())) != features:
-            raise ValueError(
-                f"{found} {kind} placeholder tokens (id {getattr(self.config, f'{kind}_token_id')}) in the prompt, but the "
-                f"{kind} inputs give {features} features: they must be equal"
-            )
+        if (count := int(mask.sum())) != features:
+            found = f"{count} {kind} placeholder tokens (id {getattr(self.config, f'{kind}_token_id')}) in the prompt"
+            raise ValueError(f"{found}, but the {kind} inputs give {features} features: they must be equal")
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        pixel_values: torch.Tensor | None = None,
-        pixel_values_videos: torch.Tensor | None = None,
-        image_grid_thw: torch.Tensor | None = None,
-        video_grid_thw: torch.Tensor | None = None,
-        mm_token_type_ids: torch.Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple | BaseModelOutputWithPast:
@@ -439,13 +422,11 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
             check_device("input_ids", input_ids, self.get_input_embeddings())
             inputs_embeds = self.get_input_embeddings()(input_ids)
         pictures = []
-        for kind, pixels, grid_thw in (
-            ("image", pixel_values, image_grid_thw),
-            ("video", pixel_values_videos, video_grid_thw),
-        ):
+        given = (("image", pixel_values, image_grid_thw), ("video", pixel_values_videos, video_grid_thw))
+        for kind, pixels, grid_thw in given:
             if pixels is not None:
                 # Read on the host, before the first tower is launched: behind it a read would wait for it.
-                grid_thw = grid_thw.cpu() if isinstance(grid_thw, torch.Tensor) else grid_thw
+                grid_thw = grid_thw.cpu() if isinstance(grid_thw, Tensor) else grid_thw
                 mask = self.placeholder_mask(kind, input_ids, inputs_embeds)
                 self.check_placeholders(kind, mask, pixels, grid_thw)
                 pictures.append((mask, pixels, grid_thw))
@@ -454,7 +435,6 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
             features = features.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(mask.to(inputs_embeds.device)[..., None], features)
         return self.language_model(
-            input_ids=None,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
@@ -477,8 +457,8 @@ class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel
         self.post_init()
 
     def _expand_inputs_for_generation(
-        self, expand_size: int = 1, input_ids: torch.Tensor | None = None, **model_kwargs: Any
-    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        self, expand_size: int = 1, input_ids: Tensor | None = None, **model_kwargs: Any
+    ) -> tuple[Tensor | None, dict[str, Any]]:
         """Repeats each prompt for beams and several answers. Its images are repeated as a whole, not row by row."""
         expanded, merged = {}, self.model.visual.spatial_merge_size**2
         for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")) if expand_size > 1 else ():
@@ -491,40 +471,38 @@ class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel
                     raise ValueError(
                         f"placeholders of the prompts end at patches {bounds[1:]}, but those of {kind}s at {ends[1:]}"
                     )
-                for key, value, cuts in (
-                    (name, pixels, bounds),
-                    (f"{kind}_grid_thw", grid_thw, [ends.index(bound) for bound in bounds]),
-                ):
+                images = [ends.index(bound) for bound in bounds]
+                for key, value, cuts in ((name, pixels, bounds), (f"{kind}_grid_thw", grid_thw, images)):
                     expanded[key] = torch.cat([value[a:b] for a, b in pairwise(cuts) for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, input_ids=input_ids, **model_kwargs
         )
         return input_ids, {**model_kwargs, **expanded}
 
-    def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs: Any) -> Any:
+    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor, **kwargs: Any) -> Any:
         """See `LlavaOnevision1_5Model.get_image_features`."""
         return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
 
-    def get_video_features(self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor, **kwargs: Any) -> Any:
+    def get_video_features(self, pixel_values_videos: Tensor, video_grid_thw: Tensor, **kwargs: Any) -> Any:
         """See `LlavaOnevision1_5Model.get_video_features`."""
         return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         use_cache: bool | None = None,
-        pixel_values: torch.Tensor | None = None,
-        pixel_values_videos: torch.Tensor | None = None,
-        image_grid_thw: torch.Tensor | None = None,
-        video_grid_thw: torch.Tensor | None = None,
-        mm_token_type_ids: torch.Tensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        pixel_values: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple | CausalLMOutputWithPast:

@@ -14,7 +14,7 @@ import base64
 import io
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Vide
 
 from .releases import ADJUSTS_MASKS, SANITIZES
 
-ImageSource = str | PathLike | Image.Image | np.ndarray | torch.Tensor
+Array = np.ndarray | torch.Tensor
+ImageSource = str | PathLike | Image.Image | Array
 
 FORMATS = ["AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
 """What is read of what Pillow and its plugins know: others start programs (EPS: Ghostscript)."""
@@ -52,13 +53,11 @@ def read_image(source: ImageSource, channels: str | None = None, highest: float 
     Raises:
         ValueError: the image cannot be read; the message is one line that names it.
     """
-    if isinstance(source, (np.ndarray, torch.Tensor)):
+    if isinstance(source, Array):
         array = _to_8_bit(_channels_last(source, channels), highest)
         source = Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array)
     if not isinstance(source, (str, PathLike, Image.Image)):
-        raise ValueError(
-            f"an image is given as {type(source).__name__}, expected a path, an address, a Pillow image or an array"
-        )
+        raise ValueError(f"an image is given as {type(source).__name__}, expected a path, address, Pillow image or array")
     name = f"of mode {source.mode}, size {source.size}" if isinstance(source, Image.Image) else _short(repr(str(source)))
     if isinstance(source, Image.Image) and 0 in source.size:
         raise ValueError(f"an image {name} holds no pixels")
@@ -117,7 +116,7 @@ def _fetch(address: str) -> bytes:
     return bytes(data)
 
 
-def _channels_last(array: np.ndarray | torch.Tensor, channels: str | None) -> np.ndarray:
+def _channels_last(array: Array, channels: str | None) -> np.ndarray:
     """(h, w) or (h, w, c)."""
     if isinstance(array, torch.Tensor):
         try:
@@ -131,10 +130,8 @@ def _channels_last(array: np.ndarray | torch.Tensor, channels: str | None) -> np
         raise ValueError(f"an image array of shape {shape} holds no pixels")
     first, last = array.ndim == 3 and shape[0] in counts, array.ndim == 3 and shape[-1] in counts
     if first and last and channels is None:
-        raise ValueError(
-            f"an image array of shape {shape} may have its channels first or last: say which, "
-            "input_data_format='channels_first' or 'channels_last'"
-        )
+        which = "input_data_format='channels_first' or 'channels_last'"
+        raise ValueError(f"an image array of shape {shape} may have its channels first or last: say {which}")
     if array.ndim == 3 and (first if channels is None else str(channels).endswith("first")):
         array = np.moveaxis(array, 0, -1)
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in counts):
@@ -161,14 +158,14 @@ def _pixels(source: ImageSource, options: dict[str, Any], highest: float | None 
     """(c, h, w) for the image processor: 8-bit, but an array whose caller has resized or rescaled it keeps its values."""
     channels = options.get("input_data_format")
     done = options.get("do_resize") is False or options.get("do_rescale") is False
-    if done and isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim == 3:
+    if done and isinstance(source, Array) and source.ndim == 3:
         return np.moveaxis(_channels_last(source, channels), -1, 0)
     return np.moveaxis(np.asarray(read_image(source, channels, highest)), -1, 0)
 
 
 def _frames(frames: Iterable[Any], options: dict[str, Any]) -> list[np.ndarray]:
     frames, plain = list(frames), (np.uint8, np.bool_, torch.uint8, torch.bool)
-    arrays = [x for x in frames if isinstance(x, (np.ndarray, torch.Tensor)) and 0 not in x.shape and x.dtype not in plain]
+    arrays = [x for x in frames if isinstance(x, Array) and 0 not in x.shape and x.dtype not in plain]
     highest = max((float(x.max()) for x in arrays if not (isinstance(x, torch.Tensor) and x.is_meta)), default=None)
     if not frames:
         raise ValueError("a video has no frames, expected at least one")
@@ -194,20 +191,14 @@ def _is_video(item: Any) -> bool:
     return item.ndim == 4
 
 
-def _flatten(items: Any, is_one: Callable[[Any], bool]) -> Iterator[Any]:
-    if is_one(items):
-        yield items
-    else:
-        for item in items:
-            yield from _flatten(item, is_one)
-
-
 def _groups(items: Any, is_one: Callable[[Any], bool], read: Callable[[Any], Any]) -> list[list[Any]] | None:
     """What is read, as one list per prompt where a list of lists is given, else as a single list; None if there is nothing."""
-    if items is None:
-        return None
+
+    def flat(items: Any) -> list[Any]:
+        return [read(items)] if is_one(items) else [one for item in items for one in flat(item)]
+
     nested = isinstance(items, (list, tuple)) and all(isinstance(own, (list, tuple)) and not is_one(own) for own in items)
-    groups = [[read(one) for one in _flatten(own, is_one)] for own in (items if nested else [items])]
+    groups = [] if items is None else [flat(own) for own in (items if nested else [items])]
     return groups if any(groups) else None
 
 
@@ -240,9 +231,7 @@ class LlavaOnevision1_5Processor(Qwen2VLProcessor):
             raise ValueError(f"temporal_patch_size of the image processor is {image_processor.temporal_patch_size}, expected 1")
 
     @classmethod
-    def _get_arguments_from_pretrained(
-        cls, pretrained_model_name_or_path: str | PathLike, processor_dict: dict[str, Any] | None = None, **kwargs: Any
-    ) -> list[Any]:
+    def _get_arguments_from_pretrained(cls, name_or_path: Any, processor_dict: Any = None, **kwargs: Any) -> list[Any]:
         """The image processor, with `min_pixels` and `max_pixels` put in, and the tokenizer, where `from_pretrained` has none.
 
         The classes are fixed, whatever the files name (the published ones name Qwen2.5-VL's), and none of their code runs.
@@ -252,7 +241,7 @@ class LlavaOnevision1_5Processor(Qwen2VLProcessor):
         for key in ("config", "trust_remote_code", "use_fast", "_from_auto", "chat_template"):
             kwargs.pop(key, None)
         if image_processor is None:
-            image_processor = Qwen2VLImageProcessorPil.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            image_processor = Qwen2VLImageProcessorPil.from_pretrained(name_or_path, **kwargs)
             # The published files may leave this to the class, whose default is Qwen2-VL's 2.
             image_processor.temporal_patch_size = 1
             image_processor.size = _pixel_limits(image_processor.size, **pixels)
@@ -260,9 +249,9 @@ class LlavaOnevision1_5Processor(Qwen2VLProcessor):
             raise ValueError(f"{', '.join(pixels)} beside an image_processor: set the limits there")
         if tokenizer is None:
             try:
-                tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, trust_remote_code=False, **kwargs)
+                tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, **kwargs)
             except Exception as error:  # the tokenizers library raises bare ones, without a file's name
-                raise ValueError(f"cannot load the tokenizer of {pretrained_model_name_or_path}: {error}") from error
+                raise ValueError(f"cannot load the tokenizer of {name_or_path}: {error}") from error
             # What `generate` needs; a user's choice, here or later on the tokenizer, counts.
             tokenizer.padding_side = kwargs.get("padding_side", "left")
         return [image_processor, tokenizer]
@@ -274,21 +263,17 @@ class LlavaOnevision1_5Processor(Qwen2VLProcessor):
             raise ValueError(f"the processor's files name the audio tokenizer {module_name}: this model takes no audio")
         return Qwen2VLProcessor.get_possibly_dynamic_module(module_name)
 
-    def prepare_inputs_layout(
-        self, images: Any = None, text: Any = None, videos: Any = None, audio: None = None, **kwargs: Any
-    ) -> tuple[Any, list[str] | None, Any, None]:
+    def prepare_inputs_layout(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> tuple:
         """Prompts as a list, images as lists of arrays (c, h, w), videos as lists of lists of them."""
         common = {**kwargs.get("common_kwargs", {}), **kwargs}
         image_options, video_options = ({**common, **kwargs.get(name, {})} for name in ("images_kwargs", "videos_kwargs"))
         images = _groups(images, _is_image, lambda image: _pixels(image, image_options))
         videos = _groups(videos, _is_video, lambda frames: _frames(frames, video_options))
-        return images, None if text is None else _prompts(text), videos, audio
+        return images, None if text is None else _prompts(text), videos, kwargs.get("audio")
 
-    def validate_inputs(
-        self, images: Any = None, text: list[str] | None = None, videos: Any = None, audio: None = None, **kwargs: Any
-    ) -> None:
+    def validate_inputs(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> None:
         """Raises ValueError where images or videos and placeholders do not match in number, in all or prompt by prompt."""
-        if audio is not None:
+        if kwargs.get("audio") is not None:
             raise ValueError("this model takes no audio")
         if images is None and text is None and videos is None:
             raise ValueError("pass at least one of text, images and videos")
@@ -305,11 +290,7 @@ class LlavaOnevision1_5Processor(Qwen2VLProcessor):
             raise ValueError("sanitize_control_tokens needs a newer transformers")
 
     def _merge_kwargs(self, *args: Any, **kwargs: Any) -> dict[str, dict]:
-        """As transformers', with the limits on pixels inside `size`.
-
-        Raises:
-            ValueError: an option of a wrong type, one that the model was not trained with, or that would sample frames.
-        """
+        """As transformers', with the limits on pixels inside `size`; ValueError for what the model was not trained with."""
         try:
             merged = super()._merge_kwargs(*args, **kwargs)
         except StrictDataclassError as error:
@@ -344,9 +325,7 @@ class LlavaOnevision1_5Processor(Qwen2VLProcessor):
         data = {"pixel_values_videos": np.concatenate(patches), "video_grid_thw": np.array(grids)}
         return data, [self.replace_video_token(data, index) for index in range(len(grids))]
 
-    def _get_num_multimodal_tokens(
-        self, image_sizes: list[Any] | None = None, video_sizes: list[Any] | None = None, **kwargs: Any
-    ) -> MultiModalData:
+    def _get_num_multimodal_tokens(self, image_sizes: Any = None, video_sizes: Any = None, **kwargs: Any) -> MultiModalData:
         """Placeholders of images of the sizes (height, width) and videos (frames, height, width), under a call's options."""
         merged, merge = self._merge_kwargs(self.valid_processor_kwargs, **kwargs), self.image_processor.merge_size**2
 

@@ -46,6 +46,17 @@ EXPORTED = (
 """The names of the reference page, for `from transformers import LlavaOnevision1_5ForConditionalGeneration`."""
 
 
+def _is_this_model(name_or_path: Any, kwargs: dict[str, Any]) -> bool:
+    keys = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name_or_path, **{k: kwargs[k] for k in keys if k in kwargs})
+    except (OSError, ValueError):
+        return False  # no configuration to go by; transformers says what is wrong
+    model_type = config.get("model_type")
+    # A transformers that brings the upstream type itself brings a processor for it too.
+    return model_type in CONFIG_MAPPING and issubclass(CONFIG_MAPPING[model_type], LlavaOnevision1_5Config)
+
+
 def _install_processor_lookup() -> None:
     """`AutoProcessor.from_pretrained` on a folder of this model gives our processor, whatever class its files name.
 
@@ -59,20 +70,9 @@ def _install_processor_lookup() -> None:
         load = LlavaOnevision1_5Processor.from_pretrained if ours else original
         return load(pretrained_model_name_or_path, **kwargs)
 
-    from_pretrained.llava15_fast = True
     if not hasattr(original, "llava15_fast"):
+        from_pretrained.llava15_fast = True
         AutoProcessor.from_pretrained = staticmethod(from_pretrained)
-
-
-def _is_this_model(name_or_path: Any, kwargs: dict[str, Any]) -> bool:
-    keys = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(name_or_path, **{k: kwargs[k] for k in keys if k in kwargs})
-    except (OSError, ValueError):
-        return False  # no configuration to go by; the original says what is wrong
-    model_type = config.get("model_type")
-    # A transformers that brings the upstream type itself brings a processor for it too.
-    return model_type in CONFIG_MAPPING and issubclass(CONFIG_MAPPING[model_type], LlavaOnevision1_5Config)
 
 
 def register() -> None:
