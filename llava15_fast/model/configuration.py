@@ -109,8 +109,7 @@ class LlavaOnevision1_5TextConfig(Qwen3Config):
         output = super().to_dict()
         parameters = output.get("rope_parameters") or {}
         if parameters.get("rope_type") == "default" and "rope_theta" in parameters:
-            output["rope_theta"] = parameters["rope_theta"]
-            output["rope_scaling"] = None
+            output |= {"rope_theta": parameters["rope_theta"], "rope_scaling": None}
         return output
 
 

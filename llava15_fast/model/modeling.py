@@ -363,9 +363,7 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         output.pooler_output = output.pooler_output.split([math.prod(grid) // merged for grid in grids])
         return output
 
-    def get_video_features(
-        self, pixel_values_videos: Tensor, video_grid_thw: Tensor, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
+    def get_video_features(self, pixel_values_videos: Tensor, video_grid_thw: Tensor, **kwargs: Any) -> Any:
         """As `get_image_features`, one tensor per video."""
         return self.get_image_features(pixel_values_videos, video_grid_thw, **kwargs)
 

@@ -11,16 +11,8 @@ import logging
 import sys
 from typing import Any
 
-import transformers.processing_utils  # noqa: F401  -- replaces sys.modules["transformers"]; must come before names are set
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PreTrainedConfig,
-)
+import transformers.processing_utils  # replaces sys.modules["transformers"]; must come before names are set
+from transformers import CONFIG_MAPPING
 
 from .checkpoint import register_tensor_names
 from .configuration import (
@@ -49,7 +41,7 @@ EXPORTED = (
 def _is_this_model(name_or_path: Any, kwargs: dict[str, Any]) -> bool:
     keys = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
     try:
-        config, _ = PreTrainedConfig.get_config_dict(name_or_path, **{k: kwargs[k] for k in keys if k in kwargs})
+        config, _ = transformers.PreTrainedConfig.get_config_dict(name_or_path, **{k: kwargs[k] for k in keys if k in kwargs})
     except (OSError, ValueError):
         return False  # no configuration to go by; transformers says what is wrong
     model_type = config.get("model_type")
@@ -62,7 +54,7 @@ def _install_processor_lookup() -> None:
 
     The published files name `Qwen2_5_VLProcessor`, which AutoProcessor takes before it looks at the model's type.
     """
-    original = AutoProcessor.from_pretrained
+    original = transformers.AutoProcessor.from_pretrained
 
     @functools.wraps(original)
     def from_pretrained(pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -72,20 +64,20 @@ def _install_processor_lookup() -> None:
 
     if not hasattr(original, "llava15_fast"):
         from_pretrained.llava15_fast = True
-        AutoProcessor.from_pretrained = staticmethod(from_pretrained)
+        transformers.AutoProcessor.from_pretrained = staticmethod(from_pretrained)
 
 
 def register() -> None:
     """Idempotent."""
     for config_class in EXPORTED[:3]:
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     if LlavaOnevision1_5UpstreamConfig.model_type not in CONFIG_MAPPING:  # a transformers that brings it reads it itself
-        AutoConfig.register(LlavaOnevision1_5UpstreamConfig.model_type, LlavaOnevision1_5UpstreamConfig)
-    AutoModel.register(LlavaOnevision1_5Config, LlavaOnevision1_5Model, exist_ok=True)
-    AutoModel.register(LlavaOnevision1_5VisionConfig, LlavaOnevision1_5VisionModel, exist_ok=True)
-    for auto_class in (AutoModelForImageTextToText, AutoModelForCausalLM):
+        transformers.AutoConfig.register(LlavaOnevision1_5UpstreamConfig.model_type, LlavaOnevision1_5UpstreamConfig)
+    transformers.AutoModel.register(LlavaOnevision1_5Config, LlavaOnevision1_5Model, exist_ok=True)
+    transformers.AutoModel.register(LlavaOnevision1_5VisionConfig, LlavaOnevision1_5VisionModel, exist_ok=True)
+    for auto_class in (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM):
         auto_class.register(LlavaOnevision1_5Config, LlavaOnevision1_5ForConditionalGeneration, exist_ok=True)
-    AutoProcessor.register(LlavaOnevision1_5Config, LlavaOnevision1_5Processor, exist_ok=True)
+    transformers.AutoProcessor.register(LlavaOnevision1_5Config, LlavaOnevision1_5Processor, exist_ok=True)
     _install_processor_lookup()
     for exported in EXPORTED:
         if getattr(sys.modules["transformers"], exported.__name__, exported) is exported:
