@@ -53,10 +53,10 @@ def check_checkpoint_files(name: Any, subfolder: str = "", variant: str | None =
         OSError: an index that cannot be read or points out of the folder, a file that is missing or corrupt, or only pickles.
     """
     folders = [Path(str(name)) / subfolder]
-    for adapter in (Path(str(name)) / "adapter_config.json", folders[0] / "adapter_config.json"):
+    for adapter in (Path(str(name), "adapter_config.json"), folders[0] / "adapter_config.json"):
         if adapter.is_file():
-            base = _read(adapter, "an adapter's configuration").get("base_model_name_or_path")
-            folders += [Path(str(base)), Path(str(base)) / subfolder]
+            base = Path(str(_read(adapter, "base_model_name_or_path")))
+            folders += [base, base / subfolder]
     for folder in dict.fromkeys(folders):
         if folder.is_dir():
             _check_folder(folder, variant)
@@ -84,18 +84,15 @@ def _check_folder(folder: Path, variant: str | None) -> None:
             raise OSError(f"{path} is not a complete safetensors file: {error}") from None
 
 
-def _read(path: Path, what: str) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise TypeError(f"it holds a {type(found).__name__}")
-    except (ValueError, TypeError, RecursionError) as error:
-        raise OSError(f"cannot read {path}: expected {what} ({error})") from None
-    return found
-
-
 def _files_of(index: Path) -> set[str]:
-    names = _read(index, "JSON with a weight_map").get("weight_map")
+    names = _read(index, "weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise OSError(f"cannot read {index}: expected JSON with a weight_map of file names")
     return set(names.values())
+
+
+def _read(path: Path, key: str) -> Any:
+    try:
+        return json.loads(path.read_text()).get(key)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise OSError(f"cannot read {path}: expected JSON with a {key} ({error})") from None

@@ -205,13 +205,10 @@ def _groups(items: Any, is_one: Callable[[Any], bool], read: Callable[[Any], Any
 class LlavaOnevision1_5Processor(Qwen2VLProcessor):
     """Tokenizer and Pillow image processor in one.
 
-    Called with `text`, one prompt or a list; `images`, one, a list, or a list per prompt, of paths, addresses, Pillow images
-    and arrays; `videos`, one, a list, or a list per prompt, each a list of frames or an array of them. Options are the
-    tokenizer's and the image processor's (`padding`, `max_pixels`, ...), flat or inside `text_kwargs`, `images_kwargs` and
-    `videos_kwargs`. Padding is on the side that the tokenizer says, which `from_pretrained` sets to the left.
-
-    Gives `input_ids`, `attention_mask`, and `pixel_values`, `image_grid_thw`, `pixel_values_videos`, `video_grid_thw` where
-    there are images or videos. ValueError where an image cannot be read, or placeholders and images do not match in number.
+    Called with `text`, one prompt or a list, and `images` and `videos`, one, a list, or a list per prompt: images are paths,
+    addresses, base64, Pillow images or arrays, videos lists of them or arrays of frames. Options are the tokenizer's and the
+    image processor's, flat or in `text_kwargs`, `images_kwargs` and `videos_kwargs`. Prompts are padded on the side that the
+    tokenizer says, which `from_pretrained` sets to the left. ValueError where images cannot be read or do not match the text.
 
     Args:
         image_processor: a `Qwen2VLImageProcessorPil` with `temporal_patch_size` 1.
@@ -314,15 +311,12 @@ class LlavaOnevision1_5Processor(Qwen2VLProcessor):
         return super()._process_images([image for group in images for image in group], **options)
 
     def _process_videos(self, videos: list[list[list[np.ndarray]]], **options: Any) -> tuple[Any, list[str]]:
-        patches, grids = [], []
-        for frames in (frames for group in videos for frames in group):
-            found = self.image_processor(frames, **{**options, "return_tensors": "np"})
-            _, *size = grid = found["image_grid_thw"][0]
-            if (found["image_grid_thw"] != grid).any():
-                raise ValueError(f"the frames of a video have different sizes: grids {found['image_grid_thw'].tolist()}")
-            patches.append(found["pixel_values"])
-            grids.append([len(frames), *size])
-        data = {"pixel_values_videos": np.concatenate(patches), "video_grid_thw": np.array(grids)}
+        clips = [self.image_processor(one, **{**options, "return_tensors": "np"}) for group in videos for one in group]
+        grids = np.array([[len(clip["image_grid_thw"]), *clip["image_grid_thw"][0, 1:]] for clip in clips])
+        for clip, grid in zip(clips, grids, strict=True):
+            if (clip["image_grid_thw"][:, 1:] != grid[1:]).any():
+                raise ValueError(f"the frames of a video have different sizes: grids {clip['image_grid_thw'].tolist()}")
+        data = {"pixel_values_videos": np.concatenate([clip["pixel_values"] for clip in clips]), "video_grid_thw": grids}
         return data, [self.replace_video_token(data, index) for index in range(len(grids))]
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, video_sizes: Any = None, **kwargs: Any) -> MultiModalData:
