@@ -14,27 +14,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
-
-
-class ReshapeToParameter(ConversionOps):
-    """An embedding table of one row, (1, n), in the shape of the parameter that holds the same numbers."""
-
-    @torch.no_grad
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> dict[str, torch.Tensor]:
-        (tensors,) = input_dict.values()
-        tensor = tensors[0] if isinstance(tensors, list) else tensors
-        expected = kwargs["model"].get_parameter(kwargs["full_layer_name"]).shape
-        return {target_patterns[0]: tensor.reshape(expected)}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        raise NotImplementedError("saving writes the published names and never comes here")
+from transformers.core_model_loading import SplitModulelist, WeightConverter, WeightRenaming
+from transformers.modeling_utils import _add_variant
 
 
 def published_names(base_prefix: str) -> list[WeightRenaming]:
@@ -45,11 +28,11 @@ def published_names(base_prefix: str) -> list[WeightRenaming]:
     ]
 
 
-def upstream_names() -> list[WeightConverter]:
-    """The upstream port's two embedding tables -> parameters. Its other names are the module names."""
+def upstream_names() -> list[WeightConverter | WeightRenaming]:
+    """The upstream port's two embedding tables of one row -> parameters. Its other names are the module names."""
     return [
-        WeightConverter(f"visual.{name}.weight", f"visual.{name}", operations=[ReshapeToParameter()])
-        for name in ("class_embedding", "class_pos_emb")
+        WeightConverter("visual.class_embedding.weight", "visual.class_embedding", operations=[SplitModulelist(dim=0)]),
+        WeightRenaming("visual.class_pos_emb.weight", "visual.class_pos_emb"),
     ]
 
 
@@ -70,10 +53,10 @@ def check_checkpoint_files(name: Any, subfolder: str = "", variant: str | None =
         OSError: an index that cannot be read or points out of the folder, a file that is missing or corrupt, or only pickles.
     """
     folders = [Path(str(name)) / subfolder]
-    for adapter in (Path(str(name)) / "adapter_config.json", folders[0] / "adapter_config.json"):
+    for adapter in (Path(str(name), "adapter_config.json"), folders[0] / "adapter_config.json"):
         if adapter.is_file():
-            base = _read(adapter, "an adapter's configuration").get("base_model_name_or_path")
-            folders += [Path(str(base)), Path(str(base)) / subfolder]
+            base = Path(str(_read(adapter, "base_model_name_or_path")))
+            folders += [base, base / subfolder]
     for folder in dict.fromkeys(folders):
         if folder.is_dir():
             _check_folder(folder, variant)
@@ -84,8 +67,8 @@ def _check_folder(folder: Path, variant: str | None) -> None:
         for file in _files_of(index):
             if Path(file).name != file:
                 raise OSError(f"{index} names the file {file!r}, expected a file of the same folder")
-    single = folder / _with_variant("model.safetensors", variant)
-    index = folder / _with_variant("model.safetensors.index.json", variant)
+    single = folder / _add_variant("model.safetensors", variant)
+    index = folder / _add_variant("model.safetensors.index.json", variant)
     files = {single.name} if single.is_file() else _files_of(index) if index.is_file() else set()
     pickles = sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if not files and not any(folder.glob("*.safetensors")) and pickles:
@@ -101,25 +84,15 @@ def _check_folder(folder: Path, variant: str | None) -> None:
             raise OSError(f"{path} is not a complete safetensors file: {error}") from None
 
 
-def _with_variant(name: str, variant: str | None) -> str:
-    stem, _, end = name.rpartition(".")
-    return name if variant is None else f"{stem}.{variant}.{end}"
-
-
-def _read(path: Path, what: str) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise TypeError(f"it holds a {type(found).__name__}")
-    except (ValueError, TypeError, RecursionError) as error:
-        raise OSError(f"cannot read {path}: expected {what} ({error})") from None
-    return found
-
-
 def _files_of(index: Path) -> set[str]:
-    names = _read(index, "JSON with a weight_map").get("weight_map")
-    if not isinstance(names, dict):
-        raise OSError(f"cannot read {index}: expected JSON with a weight_map (it is {type(names).__name__})")
-    if strange := [name for name in names.values() if not isinstance(name, str)]:
-        raise OSError(f"cannot read {index}: expected JSON with a weight_map (it names the file {strange[0]!r})")
+    names = _read(index, "weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise OSError(f"cannot read {index}: expected JSON with a weight_map of file names")
     return set(names.values())
+
+
+def _read(path: Path, key: str) -> Any:
+    try:
+        return json.loads(path.read_text()).get(key)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise OSError(f"cannot read {path}: expected JSON with a {key} ({error})") from None

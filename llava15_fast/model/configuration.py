@@ -14,32 +14,25 @@ from typing import Any
 from transformers import PreTrainedConfig, Qwen3Config
 from transformers.activations import ACT2FN
 
-UPSTREAM_MODEL_TYPE = "llava_onevision1_5"
-
-
 MAX_LAYERS = 1000
 """More are no model but a way to keep a machine busy."""
 
-
-def _check_sizes(config: PreTrainedConfig, part: str, *names: str, most: int | None = None) -> None:
-    """Raises ValueError: zero layers or heads would load, and answer, without the weights of the file."""
-    for name in names:
-        value = getattr(config, name)
-        if type(value) is not int or value < 1 or (most is not None and value > most):
-            bounds = "of at least 1" if most is None else f"from 1 to {most}"
-            raise ValueError(f"{part} {name} is {value!r}, expected a whole number {bounds}")
-
-
-def _check_numbers(config: PreTrainedConfig, part: str, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if type(value) not in (int, float) or not 0 <= value < float("inf"):
-            raise ValueError(f"{part} {name} is {value!r}, expected a number of at least 0")
+RULES = {
+    "layers": (lambda value: type(value) is int and 0 < value <= MAX_LAYERS, f"a whole number from 1 to {MAX_LAYERS}"),
+    "sizes": (lambda value: type(value) is int and value > 0, "a whole number of at least 1"),
+    "numbers": (lambda value: type(value) in (int, float) and 0 <= value < float("inf"), "a number of at least 0"),
+    "activations": (lambda value: value in ACT2FN, "an activation that transformers knows"),
+}
+"""What a field has to be. Zero layers or heads would load, and answer, without the weights of the file."""
 
 
-def _check_activation(config: PreTrainedConfig, part: str) -> None:
-    if config.hidden_act not in ACT2FN:
-        raise ValueError(f"{part} hidden_act is {config.hidden_act!r}, expected an activation that transformers knows")
+def _check(config: PreTrainedConfig, part: str, **names: list[str]) -> None:
+    """Raises ValueError where a field breaks the rule that it is named for."""
+    for rule, fields in names.items():
+        holds, expected = RULES[rule]
+        for name in fields:
+            if not holds(value := getattr(config, name)):
+                raise ValueError(f"{part} {name} is {value!r}, expected {expected}")
 
 
 class LlavaOnevision1_5VisionConfig(PreTrainedConfig):
@@ -72,16 +65,13 @@ class LlavaOnevision1_5VisionConfig(PreTrainedConfig):
         if (out_hidden_size := kwargs.pop("out_hidden_size", None)) is not None:
             self.text_hidden_size = out_hidden_size
         super().__post_init__(**kwargs)
-        sizes = ("hidden_size", "intermediate_size", "num_heads", "text_hidden_size")
-        _check_sizes(self, "vision", "in_channels", "patch_size", "spatial_merge_size", "temporal_patch_size", *sizes)
-        _check_sizes(self, "vision", "depth", most=MAX_LAYERS)
-        _check_numbers(self, "vision", "layer_norm_eps", "rope_theta", "attention_dropout", "initializer_range")
-        _check_activation(self, "vision")
+        sizes = ["hidden_size", "intermediate_size", "num_heads", "text_hidden_size", "in_channels", "patch_size"]
+        sizes.append("spatial_merge_size")
+        numbers = ["layer_norm_eps", "rope_theta", "attention_dropout", "initializer_range"]
+        _check(self, "vision", layers=["depth"], sizes=sizes, numbers=numbers, activations=["hidden_act"])
         if self.hidden_size % (4 * self.num_heads):
-            raise ValueError(
-                f"vision hidden_size {self.hidden_size} with num_heads {self.num_heads}: 2D RoPE needs a head_dim "
-                "that is a multiple of 4"
-            )
+            found = f"vision hidden_size {self.hidden_size} with num_heads {self.num_heads}"
+            raise ValueError(f"{found}: 2D RoPE needs a head_dim that is a multiple of 4")
         if self.temporal_patch_size != 1:
             raise ValueError(f"temporal_patch_size {self.temporal_patch_size} is not supported, expected 1")
 
@@ -105,16 +95,12 @@ class LlavaOnevision1_5TextConfig(Qwen3Config):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        sizes = ("hidden_size", "intermediate_size", "vocab_size", "head_dim")
-        _check_sizes(self, "text", "num_attention_heads", "num_key_value_heads", *sizes)
-        _check_sizes(self, "text", "num_hidden_layers", most=MAX_LAYERS)
-        _check_numbers(self, "text", "rms_norm_eps", "attention_dropout", "initializer_range")
-        _check_activation(self, "text")
+        sizes = ["hidden_size", "intermediate_size", "vocab_size", "head_dim", "num_attention_heads", "num_key_value_heads"]
+        numbers = ["rms_norm_eps", "attention_dropout", "initializer_range"]
+        _check(self, "text", layers=["num_hidden_layers"], sizes=sizes, numbers=numbers, activations=["hidden_act"])
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"text num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads "
-                f"{self.num_key_value_heads}"
-            )
+            found = f"text num_attention_heads {self.num_attention_heads}"
+            raise ValueError(f"{found} is no multiple of num_key_value_heads {self.num_key_value_heads}")
         if self.head_dim % 2:
             raise ValueError(f"text head_dim {self.head_dim} is odd: RoPE turns pairs")
 
@@ -123,8 +109,7 @@ class LlavaOnevision1_5TextConfig(Qwen3Config):
         output = super().to_dict()
         parameters = output.get("rope_parameters") or {}
         if parameters.get("rope_type") == "default" and "rope_theta" in parameters:
-            output["rope_theta"] = parameters["rope_theta"]
-            output["rope_scaling"] = None
+            output |= {"rope_theta": parameters["rope_theta"], "rope_scaling": None}
         return output
 
 
@@ -144,37 +129,35 @@ class LlavaOnevision1_5Config(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name, config_class in self.sub_configs.items():
-            given = getattr(self, name)
-            if given is None:
-                given = config_class()
-            elif isinstance(given, dict):
-                if name == "vision_config" and not {"text_hidden_size", "out_hidden_size"} & given.keys():
-                    given = {**given, "text_hidden_size": self._text_hidden_size()}
-                given = config_class(**{key: value for key, value in given.items() if key != "model_type"})
-            setattr(self, name, given)
+        self.text_config = _part(LlavaOnevision1_5TextConfig, self.text_config)
+        width = self.text_config.hidden_size
+        self.vision_config = _part(LlavaOnevision1_5VisionConfig, self.vision_config, text_hidden_size=width)
         # Older releases of transformers wrote the flag into the text configuration.
         self.tie_word_embeddings = bool(self.tie_word_embeddings or self.text_config.tie_word_embeddings)
         # The published top level repeats this key; the text configuration is the one that counts.
         kwargs.pop("vocab_size", None)
         super().__post_init__(**kwargs)
-        if self.vision_config.text_hidden_size != self.text_config.hidden_size:
-            raise ValueError(
-                f"vision text_hidden_size {self.vision_config.text_hidden_size} must equal the text hidden_size "
-                f"{self.text_config.hidden_size}"
-            )
+        if (found := self.vision_config.text_hidden_size) != width:
+            raise ValueError(f"vision text_hidden_size {found} must equal the text hidden_size {width}")
 
-    def _text_hidden_size(self) -> int:
-        given = self.text_config
-        default = LlavaOnevision1_5TextConfig.hidden_size
-        return given.get("hidden_size", default) if isinstance(given, dict) else getattr(given, "hidden_size", default)
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers'. The caller alone chooses `attention`: a file might name a repository, whose code would run."""
+        ignored = ("model_type", "attn_implementation", "_attn_implementation")
+        return super().from_dict({key: value for key, value in config_dict.items() if key not in ignored}, **kwargs)
+
+
+def _part(config_class: type[PreTrainedConfig], given: Any, **defaults: Any) -> PreTrainedConfig:
+    if isinstance(given, PreTrainedConfig):
+        return given
+    return config_class(**{**defaults, **{key: value for key, value in (given or {}).items() if key != "model_type"}})
 
 
 class LlavaOnevision1_5UpstreamConfig(LlavaOnevision1_5Config):
     """Reads the upstream port's `config.json`; what it returns is a plain `LlavaOnevision1_5Config`."""
 
-    model_type = UPSTREAM_MODEL_TYPE
+    model_type = "llava_onevision1_5"
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        return LlavaOnevision1_5Config.from_dict({**config_dict, "model_type": LlavaOnevision1_5Config.model_type}, **kwargs)
+        return LlavaOnevision1_5Config.from_dict(config_dict, **kwargs)

@@ -15,12 +15,14 @@ corrected behaviour.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, Qwen3Model
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -28,6 +30,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
 from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
@@ -39,14 +42,14 @@ from .configuration import LlavaOnevision1_5Config, LlavaOnevision1_5VisionConfi
 from .releases import CACHE
 
 
-def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def send(tensor: Tensor, device: torch.device) -> Tensor:
     """From the host to `device` without waiting for it, which a copy from pageable memory would do."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
-def check_device(name: str, tensor: torch.Tensor, module: nn.Module) -> None:
+def check_device(name: str, tensor: Tensor, module: nn.Module) -> None:
     """Raises ValueError where `tensor` is not where `module` computes. accelerate's hooks move tensors themselves."""
-    if not isinstance(tensor, torch.Tensor):
+    if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} is a {type(tensor).__name__}, expected a tensor")
     device = module.weight.device
     if tensor.device != device and device.type != "meta" and not hasattr(module, "_hf_hook"):
@@ -65,9 +68,9 @@ class VisionLayout:
     """
 
     lengths: tuple[int, ...]
-    cu_seqlens: torch.Tensor
-    position_ids: torch.Tensor
-    patch_rows: torch.Tensor
+    cu_seqlens: Tensor
+    position_ids: Tensor
+    patch_rows: Tensor
 
     @property
     def max_seqlen(self) -> int:
@@ -77,20 +80,17 @@ class VisionLayout:
     def from_grids(cls, grids: list[list[int]], merge_size: int, device: torch.device) -> VisionLayout:
         """`grids` holds (t, h, w) in patches per image or video, already checked."""
         lengths: list[int] = []
-        positions: list[torch.Tensor] = []
+        positions: list[Tensor] = []
         # Made on the host, wherever tensors are made by default.
         numbers: dict[str, Any] = {"dtype": torch.int32, "device": "cpu"}
         class_row = torch.full((1, 2), -1, **numbers)
         for t, h, w in grids:
-            rows, columns = torch.meshgrid(torch.arange(h, **numbers), torch.arange(w, **numbers), indexing="ij")
-            grid = torch.stack([rows, columns], dim=-1)
+            grid = torch.cartesian_prod(torch.arange(h, **numbers), torch.arange(w, **numbers))
             # The image processor stores patches merge block by merge block.
-            blocks = grid.view(h // merge_size, merge_size, w // merge_size, merge_size, 2)
-            frame = torch.cat([class_row, blocks.transpose(1, 2).reshape(h * w, 2)])
-            positions.extend([frame] * t)
-            lengths.extend([h * w + 1] * t)
-        cu_seqlens = torch.zeros(len(lengths) + 1, **numbers)
-        cu_seqlens[1:] = torch.tensor(lengths, **numbers).cumsum(0)
+            blocks = grid.view(h // merge_size, merge_size, w // merge_size, merge_size, 2).transpose(1, 2)
+            positions += [class_row, blocks.reshape(h * w, 2)] * t
+            lengths += [h * w + 1] * t
+        cu_seqlens = torch.tensor([0, *accumulate(lengths)], **numbers)
         position_ids = torch.cat(positions)
         patch_rows = (position_ids[:, 0] >= 0).nonzero()[:, 0]
         return cls(tuple(lengths), *(send(tensor, device) for tensor in (cu_seqlens, position_ids, patch_rows)))
@@ -103,7 +103,7 @@ class LlavaOnevision1_5VisionPatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: Tensor) -> Tensor:
         kernel = self.proj.weight.shape[1:]
         return self.proj(pixel_values.to(self.proj.weight.dtype).view(-1, *kernel)).flatten(1)
 
@@ -127,56 +127,35 @@ class LlavaOnevision1_5VisionRotaryEmbedding(nn.Module):
             self.inv_freq = self.compute_inv_freq().to(self.inv_freq.device)
         return self
 
-    def compute_inv_freq(self) -> torch.Tensor:
+    def compute_inv_freq(self) -> Tensor:
         return 1.0 / (self.theta ** (torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim))
 
-    def forward(self, position_ids: torch.Tensor, class_pos_emb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, position_ids: Tensor, class_pos_emb: Tensor) -> tuple[Tensor, Tensor]:
         return vision_rope_tables(position_ids, self.inv_freq, class_pos_emb)
 
 
-class LlavaOnevision1_5VisionAttention(nn.Module):
+class LlavaOnevision1_5VisionAttention(Qwen2_5_VLVisionAttention):
     """Multi-head attention inside each segment, with 2D RoPE on queries and keys and one packed qkv projection."""
 
     def __init__(self, config: LlavaOnevision1_5VisionConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.num_heads = config.num_heads
-        self.head_dim = config.hidden_size // config.num_heads
-        self.scaling = self.head_dim**-0.5
+        super().__init__(config)
         self.attention_dropout = config.attention_dropout
-        self.num_key_value_groups = 1
-        self.is_causal = False
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        layout: VisionLayout,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, hidden_states: Tensor, layout: VisionLayout, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """(S, hidden) -> (S, hidden), and the attention weights where the implementation returns them."""
         query, key, value = self.qkv(hidden_states).view(-1, 3, self.num_heads, self.head_dim).unbind(1)
         query, key = apply_rope_tables(query, key, *position_embeddings)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        outputs, weights = [], None
+        dropout = self.attention_dropout if self.training else 0.0
+        options = dict(attention_mask=None, scaling=self.scaling, dropout=dropout, is_causal=False, **kwargs)
         segments = (tensor.transpose(0, 1)[None].split(layout.lengths, dim=2) for tensor in (query, key, value))
-        for segment in zip(*segments, strict=True):
-            output, weights = attention(
-                self,
-                *segment,
-                attention_mask=None,
-                scaling=self.scaling,
-                dropout=self.attention_dropout if self.training else 0.0,
-                is_causal=False,
-                **kwargs,
-            )
-            outputs.append(output)
-        hidden_states = torch.cat(outputs, dim=1).reshape(hidden_states.shape)
+        results = [attention(self, *segment, **options) for segment in zip(*segments, strict=True)]
+        hidden_states = torch.cat([output for output, _ in results], dim=1).reshape(hidden_states.shape)
         # Weights of one segment only would be a wrong answer for several.
-        return self.proj(hidden_states), weights if len(outputs) == 1 else None
+        return self.proj(hidden_states), results[0][1] if len(results) == 1 else None
 
 
 class LlavaOnevision1_5VisionMLP(nn.Module):
@@ -186,7 +165,7 @@ class LlavaOnevision1_5VisionMLP(nn.Module):
         self.act = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(hidden_states)))
 
 
@@ -200,7 +179,7 @@ class LlavaOnevision1_5VisionBlock(GradientCheckpointingLayer):
         self.attn = LlavaOnevision1_5VisionAttention(config)
         self.mlp = LlavaOnevision1_5VisionMLP(config)
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         hidden_states = hidden_states + self.attn(self.norm1(hidden_states), *args, **kwargs)[0]
         return hidden_states + self.mlp(self.norm2(hidden_states))
 
@@ -218,7 +197,7 @@ class LlavaOnevision1_5VisionPatchMerger(nn.Module):
             nn.Linear(self.merged_size, config.text_hidden_size),
         )
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         return self.mlp(self.ln_q(hidden_states).view(-1, self.merged_size))
 
 
@@ -285,10 +264,7 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
     input_modalities = ("image", "video")
     _no_split_modules = ["LlavaOnevision1_5VisionBlock"]
     _input_embed_layer = "patch_embed"
-    _can_record_outputs = {
-        "hidden_states": LlavaOnevision1_5VisionBlock,
-        "attentions": LlavaOnevision1_5VisionAttention,
-    }
+    _can_record_outputs = {"hidden_states": LlavaOnevision1_5VisionBlock, "attentions": LlavaOnevision1_5VisionAttention}
 
     def __init__(self, config: LlavaOnevision1_5VisionConfig) -> None:
         super().__init__(config)
@@ -306,11 +282,7 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
     @can_return_tuple
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
-        self,
-        pixel_values: torch.Tensor,
-        grid_thw: torch.Tensor | None = None,
-        layout: VisionLayout | None = None,
-        **kwargs: Any,
+        self, pixel_values: Tensor, grid_thw: Tensor | None = None, layout: VisionLayout | None = None, **kwargs: Any
     ) -> tuple | BaseModelOutputWithPooling:
         """
         Args:
@@ -332,28 +304,27 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
         patches, merged = self.merge_patches(hidden_states, layout)
         return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=merged)
 
-    def embed_patches(self, pixel_values: torch.Tensor, layout: VisionLayout) -> torch.Tensor:
+    def embed_patches(self, pixel_values: Tensor, layout: VisionLayout) -> Tensor:
         """(N, pixels) -> (S, hidden): patch embeddings, a class row before each segment, pre_layernorm."""
         patches = self.patch_embed(pixel_values)
         class_row = self.class_embedding.to(patches.dtype)[None]
-        rows = []
-        for segment in patches.split([length - 1 for length in layout.lengths]):
-            rows += [class_row, segment]
+        segments = patches.split([length - 1 for length in layout.lengths])
+        rows = [row for segment in segments for row in (class_row, segment)]
         return self.pre_layernorm(torch.cat(rows))
 
-    def encode(self, hidden_states: torch.Tensor, layout: VisionLayout, **kwargs: Any) -> torch.Tensor:
+    def encode(self, hidden_states: Tensor, layout: VisionLayout, **kwargs: Any) -> Tensor:
         """(S, hidden) -> (S, hidden), through the blocks."""
         position_embeddings = self.rotary_pos_emb(layout.position_ids, self.class_pos_emb)
         for block in self.blocks:
             hidden_states = block(hidden_states, layout, position_embeddings, **kwargs)
         return hidden_states
 
-    def merge_patches(self, hidden_states: torch.Tensor, layout: VisionLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    def merge_patches(self, hidden_states: Tensor, layout: VisionLayout) -> tuple[Tensor, Tensor]:
         """(S, hidden) -> the patches (N, hidden) without class rows, and the merged features (N/4, text width)."""
         patches = hidden_states[layout.patch_rows.to(hidden_states.device)]
         return patches, self.merger(patches)
 
-    def check_inputs(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> list[list[int]]:
+    def check_inputs(self, pixel_values: Tensor, grid_thw: Tensor) -> list[list[int]]:
         """The grids as Python integers, after checking them against the pixels."""
         shape = getattr(grid_thw, "shape", ())
         if len(shape) != 2 or shape[-1] != 3 or shape[0] == 0:
@@ -363,42 +334,14 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
         width = self.config.in_channels * self.config.patch_size**2
         if pixel_values.ndim != 2 or pixel_values.shape[-1] != width:
             raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}, expected (patches, {width})")
-        grids = grid_thw.tolist()
-        merge = self.spatial_merge_size
+        grids, merge = grid_thw.tolist(), self.spatial_merge_size
         for index, (t, h, w) in enumerate(grids):
             if not all(type(size) is int for size in (t, h, w)) or min(t, h, w) < 1 or h % merge or w % merge:
-                raise ValueError(
-                    f"grid_thw[{index}] is ({t}, {h}, {w}), expected positive integers with h and w divisible by the "
-                    f"merge size {merge}"
-                )
-        patches = sum(t * h * w for t, h, w in grids)
-        if patches != pixel_values.shape[0]:
+                expected = f"positive integers with h and w divisible by the merge size {merge}"
+                raise ValueError(f"grid_thw[{index}] is ({t}, {h}, {w}), expected {expected}")
+        if (patches := sum(map(math.prod, grids))) != pixel_values.shape[0]:
             raise ValueError(f"grid_thw {grids} describes {patches} patches, but pixel_values has {pixel_values.shape[0]}")
         return grids
-
-
-def repeat_per_prompt(
-    pixels: torch.Tensor, grid_thw: torch.Tensor, patches_per_prompt: list[int], times: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Patches (N, ...) and grids (n, 3) of all prompts, those of each prompt `times` in a row.
-
-    Raises:
-        ValueError: the grids cannot be dealt out to the prompts by their numbers of patches.
-    """
-    sizes = grid_thw.prod(-1).tolist()
-    images_per_prompt, taken = [], 0
-    for patches in patches_per_prompt:
-        start = taken
-        while taken < len(sizes) and sum(sizes[start:taken]) < patches:
-            taken += 1
-        if sum(sizes[start:taken]) != patches:
-            raise ValueError(f"placeholders for {patches} patches in a prompt, but the next images have {sizes[start:]}")
-        images_per_prompt.append(taken - start)
-    repeated_pixels, repeated_grids = [], []
-    for own_pixels, own_grids in zip(pixels.split(patches_per_prompt), grid_thw.split(images_per_prompt), strict=True):
-        repeated_pixels += [own_pixels] * times
-        repeated_grids += [own_grids] * times
-    return torch.cat(repeated_pixels), torch.cat(repeated_grids)
 
 
 class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
@@ -410,78 +353,51 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         self.language_model = Qwen3Model._from_config(config.text_config)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
-
-    def get_image_features(
-        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """The vision tower's output with `pooler_output` split: one (t*h*w/4, text width) tensor per image."""
         pixel_values = pixel_values.to(self.visual.dtype)
         # Before the tower is launched: behind it the host would wait for it.
         grids = self.visual.check_inputs(pixel_values, image_grid_thw)
         output = self.visual(pixel_values, grid_thw=image_grid_thw, **{**kwargs, "return_dict": True})
         merged = self.visual.spatial_merge_size**2
-        output.pooler_output = output.pooler_output.split([t * h * w // merged for t, h, w in grids])
+        output.pooler_output = output.pooler_output.split([math.prod(grid) // merged for grid in grids])
         return output
 
-    def get_video_features(
-        self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
+    def get_video_features(self, pixel_values_videos: Tensor, video_grid_thw: Tensor, **kwargs: Any) -> Any:
         """As `get_image_features`, one tensor per video."""
         return self.get_image_features(pixel_values_videos, video_grid_thw, **kwargs)
 
-    def placeholder_mask(
-        self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
-    ) -> torch.Tensor:
-        """(B, L) where the placeholder token stands: by its id, or by its embedding where there are no ids."""
+    def placeholder_mask(self, kind: str, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """(B, L) where placeholders of `kind` stand: by their id, or by their embedding where there are no ids."""
+        token_id = getattr(self.config, f"{kind}_token_id")
         if input_ids is not None and input_ids.shape[-1]:
             return input_ids == token_id
         placeholder = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
         return (inputs_embeds == placeholder).all(-1)
 
-    def find_placeholders(
-        self,
-        kind: str,
-        token_id: int,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor,
-        pixels: torch.Tensor,
-        grid_thw: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """(B, L) where features take the place of embeddings. Reads from the device, and the vision tower has not begun.
-
-        Raises:
-            ValueError: the number of placeholders is not the number of features, or grids and pixels do not match.
-        """
+    def check_placeholders(self, kind: str, mask: Tensor, pixels: Tensor, grid_thw: Tensor | None) -> None:
+        """Raises ValueError where the number of placeholders is not that of features, or grids and pixels do not match."""
         if grid_thw is None:
             raise ValueError(f"{kind} pixels were passed without {kind}_grid_thw")
-        mask = self.placeholder_mask(token_id, input_ids, inputs_embeds)
-        features = sum(t * h * w for t, h, w in self.visual.check_inputs(pixels, grid_thw)) // self.visual.spatial_merge_size**2
-        if (found := int(mask.sum())) != features:
-            raise ValueError(
-                f"{found} {kind} placeholder tokens (id {token_id}) in the prompt, but the {kind} inputs give "
-                f"{features} features: they must be equal"
-            )
-        return mask
+        features = sum(map(math.prod, self.visual.check_inputs(pixels, grid_thw))) // self.visual.spatial_merge_size**2
+        if (count := int(mask.sum())) != features:
+            found = f"{count} {kind} placeholder tokens (id {getattr(self.config, f'{kind}_token_id')}) in the prompt"
+            raise ValueError(f"{found}, but the {kind} inputs give {features} features: they must be equal")
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        pixel_values: torch.Tensor | None = None,
-        pixel_values_videos: torch.Tensor | None = None,
-        image_grid_thw: torch.Tensor | None = None,
-        video_grid_thw: torch.Tensor | None = None,
-        mm_token_type_ids: torch.Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple | BaseModelOutputWithPast:
@@ -503,24 +419,20 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         if inputs_embeds is None:
             check_device("input_ids", input_ids, self.get_input_embeddings())
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        # Grids are read on the host from here on: behind the first tower a read would wait for it.
-        image_grid_thw, video_grid_thw = (
-            grid.cpu() if isinstance(grid, torch.Tensor) else grid for grid in (image_grid_thw, video_grid_thw)
-        )
-        pictures = [
-            (self.find_placeholders(kind, token_id, input_ids, inputs_embeds, pixels, grid_thw), pixels, grid_thw)
-            for kind, token_id, pixels, grid_thw in (
-                ("image", self.config.image_token_id, pixel_values, image_grid_thw),
-                ("video", self.config.video_token_id, pixel_values_videos, video_grid_thw),
-            )
-            if pixels is not None
-        ]
+        pictures = []
+        given = (("image", pixel_values, image_grid_thw), ("video", pixel_values_videos, video_grid_thw))
+        for kind, pixels, grid_thw in given:
+            if pixels is not None:
+                # Read on the host, before the first tower is launched: behind it a read would wait for it.
+                grid_thw = grid_thw.cpu() if isinstance(grid_thw, Tensor) else grid_thw
+                mask = self.placeholder_mask(kind, input_ids, inputs_embeds)
+                self.check_placeholders(kind, mask, pixels, grid_thw)
+                pictures.append((mask, pixels, grid_thw))
         for mask, pixels, grid_thw in pictures:
             features = torch.cat(self.get_image_features(pixels, grid_thw).pooler_output)
             features = features.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(mask.to(inputs_embeds.device)[..., None], features)
         return self.language_model(
-            input_ids=None,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
@@ -543,56 +455,52 @@ class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel
         self.post_init()
 
     def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        self, expand_size: int = 1, input_ids: Tensor | None = None, **model_kwargs: Any
+    ) -> tuple[Tensor | None, dict[str, Any]]:
         """Repeats each prompt for beams and several answers. Its images are repeated as a whole, not row by row."""
-        if expand_size == 1:
-            return input_ids, model_kwargs
-        expanded = {}
-        for token_id, pixels_name, grid_name in (
-            (self.config.image_token_id, "pixel_values", "image_grid_thw"),
-            (self.config.video_token_id, "pixel_values_videos", "video_grid_thw"),
-        ):
-            pixels, grid_thw = model_kwargs.pop(pixels_name, None), model_kwargs.pop(grid_name, None)
+        expanded, merged = {}, self.model.visual.spatial_merge_size**2
+        for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")) if expand_size > 1 else ():
+            pixels, grid_thw = model_kwargs.pop(name, None), model_kwargs.pop(f"{kind}_grid_thw", None)
             if pixels is not None and grid_thw is not None:
-                mask = self.model.placeholder_mask(token_id, input_ids, model_kwargs.get("inputs_embeds"))
-                merged = self.model.visual.spatial_merge_size**2
-                expanded[pixels_name], expanded[grid_name] = repeat_per_prompt(
-                    pixels, grid_thw, [merged * tokens for tokens in mask.sum(-1).tolist()], expand_size
-                )
+                mask = self.model.placeholder_mask(kind, input_ids, model_kwargs.get("inputs_embeds"))
+                ends = [0, *accumulate(grid_thw.prod(-1).tolist())]
+                bounds = [0, *accumulate(merged * tokens for tokens in mask.sum(-1).tolist())]
+                if not {*bounds} <= {*ends} or bounds[-1] != ends[-1]:
+                    raise ValueError(
+                        f"placeholders of the prompts end at patches {bounds[1:]}, but those of {kind}s at {ends[1:]}"
+                    )
+                images = [ends.index(bound) for bound in bounds]
+                for key, value, cuts in ((name, pixels, bounds), (f"{kind}_grid_thw", grid_thw, images)):
+                    expanded[key] = torch.cat([value[a:b] for a, b in pairwise(cuts) for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+            expand_size=expand_size, input_ids=input_ids, **model_kwargs
         )
         return input_ids, {**model_kwargs, **expanded}
 
-    def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs: Any) -> Any:
+    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor, **kwargs: Any) -> Any:
         """See `LlavaOnevision1_5Model.get_image_features`."""
         return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
 
-    def get_video_features(self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor, **kwargs: Any) -> Any:
+    def get_video_features(self, pixel_values_videos: Tensor, video_grid_thw: Tensor, **kwargs: Any) -> Any:
         """See `LlavaOnevision1_5Model.get_video_features`."""
         return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         use_cache: bool | None = None,
-        pixel_values: torch.Tensor | None = None,
-        pixel_values_videos: torch.Tensor | None = None,
-        image_grid_thw: torch.Tensor | None = None,
-        video_grid_thw: torch.Tensor | None = None,
-        mm_token_type_ids: torch.Tensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        pixel_values: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple | CausalLMOutputWithPast:

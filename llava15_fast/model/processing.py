@@ -3,108 +3,140 @@
     "... <|image_pad|> ..."  +  image     ->  input_ids with one placeholder per merged patch, pixel_values, image_grid_thw
     "... <|video_pad|> ..."  +  frames    ->  the same as pixel_values_videos, video_grid_thw (frames, h, w)
 
-Images go through transformers' Pillow processor of Qwen2-VL with `temporal_patch_size=1`. transformers' own video
-processor needs torchvision, so a video is taken as its frames: a list of images or an array (frames, height, width, 3).
+Options, placeholders, masks and loading follow the rules of transformers' Qwen2-VL processor, whose class this extends.
+Images go through its Pillow image processor with `temporal_patch_size=1`. Its video processor needs torchvision, so a video
+is taken as its frames: a list of images or an array (frames, height, width, 3).
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import re
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
-from transformers.image_utils import load_image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
-    Qwen2VLImageProcessorKwargs,
-    Qwen2VLImageProcessorPil,
-)
+from transformers import AutoTokenizer
+from transformers.image_utils import httpx
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, VideosKwargs
 
-ImageSource = str | PathLike | Image.Image | np.ndarray | torch.Tensor
+from .releases import ADJUSTS_MASKS, SANITIZES
 
-IMAGE_OPTIONS = frozenset(Qwen2VLImageProcessorKwargs.__annotations__) - {"return_tensors"}
-"""Options of a call that go to the image processor; every other one goes to the tokenizer."""
+Array = np.ndarray | torch.Tensor
+ImageSource = str | PathLike | Image.Image | Array
+
+FORMATS = ["AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
+"""What is read of what Pillow and its plugins know: others start programs (EPS: Ghostscript)."""
+
+SECONDS, BYTES = 15, 2**28
+"""The most that the image of an address may take."""
 
 
 def read_image(source: ImageSource, channels: str | None = None, highest: float | None = None) -> Image.Image:
-    """An upright 8-bit RGB image of a path, an address, base64 text, a Pillow image, or an array.
+    """An upright 8-bit RGB image, laid on white, of a path, an address, base64 text, a Pillow image, or an array.
 
     Args:
         source: arrays are (h, w), (h, w, c) or (c, h, w) with one, three or four channels. Booleans are black and white;
-            floats up to 1 count from 0 to 1, other values from 0 to 255, or to 65535 if one is above 255. Transparency is
-            dropped.
+            floats up to 1 count from 0 to 1, other values from 0 to 255, or to 65535 if one is above 255.
         channels: "channels_first" or "channels_last", for an array whose shape does not tell.
         highest: of all frames, where the array is one of a video: a dark frame counts as the bright ones do.
 
     Raises:
-        ValueError: the image cannot be read; the message names it.
+        ValueError: the image cannot be read; the message is one line that names it.
     """
-    if isinstance(source, (np.ndarray, torch.Tensor)):
-        source = _from_array(source, channels, highest)
+    if isinstance(source, Array):
+        array = _to_8_bit(_channels_last(source, channels), highest)
+        source = Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array)
     if not isinstance(source, (str, PathLike, Image.Image)):
-        raise ValueError(
-            f"an image is given as {type(source).__name__}, expected a path, an address, a Pillow image or an array"
-        )
-    name = repr(str(source)[:200]) if not isinstance(source, Image.Image) else f"of mode {source.mode}, size {source.size}"
+        raise ValueError(f"an image is given as {type(source).__name__}, expected a path, address, Pillow image or array")
+    name = f"of mode {source.mode}, size {source.size}" if isinstance(source, Image.Image) else _short(repr(str(source)))
     if isinstance(source, Image.Image) and 0 in source.size:
         raise ValueError(f"an image {name} holds no pixels")
     try:
-        if isinstance(source, Image.Image):
-            image = source
-        elif isinstance(source, str) and (source.startswith(("http://", "https://", "data:image/")) or _is_base64(source)):
-            image = load_image(source)
-        else:
-            image = Image.open(source)
+        image = source if isinstance(source, Image.Image) else _open(source)
+        if image.format not in (None, *FORMATS):
+            raise UnidentifiedImageError
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
             # Pillow's own conversion clips 16-bit values at 255, which turns most such images white.
-            image = Image.fromarray(_to_8_bit(np.asarray(image)))
-        image = image.convert("RGB")
-        image.info.pop("transparency", None)  # transformers would paint that colour white
-        return image
+            values, transparent = np.asarray(image), image.info.get("transparency")
+            image = Image.fromarray(_to_8_bit(values))
+            if transparent is not None:
+                image.putalpha(Image.fromarray(values != transparent).convert("L"))
+        if image.has_transparency_data:
+            image = image.convert("LA") if image.mode == "La" else image  # the one mode with no way to RGBA
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"no image file {name}") from None
     except UnidentifiedImageError:
-        raise ValueError(f"cannot read image {name}: not an image that Pillow knows") from None
+        raise ValueError(f"cannot read image {name}: not an image of the formats {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's decoders let anything out: OSError, SyntaxError, struct.error, IndexError, ...
-        raise ValueError(f"cannot read image {name}: {error}") from None
+        raise ValueError(f"cannot read image {name}: {_short(str(error) or type(error).__name__)}") from None
 
 
-def _is_base64(text: str) -> bool:
-    return len(text) > 64 and re.fullmatch(r"[A-Za-z0-9+/\s]+={0,2}\s*", text) is not None and not Path(text[:255]).exists()
+def _short(text: str) -> str:
+    """One line of at most 300 characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= 300 else f"{line[:100]}...{line[-180:]}"
 
 
-def _from_array(array: np.ndarray | torch.Tensor, channels: str | None, highest: float | None) -> Image.Image:
+def _open(source: str | PathLike) -> Image.Image:
+    text = source if isinstance(source, str) else ""
+    file: Any = Path(source)
+    is_base64 = len(text) > 64 and re.fullmatch(r"[A-Za-z0-9+/\s]+={0,2}\s*", text) and not Path(text[:255]).exists()
+    if text.startswith(("http://", "https://")):
+        file = io.BytesIO(_fetch(text))
+    elif text.startswith("data:image/") or is_base64:
+        file = io.BytesIO(base64.b64decode(text.rpartition(",")[2]))
+    elif file.exists() and not file.is_file():
+        raise OSError("not a regular file")  # a pipe or a device may keep its reader waiting for ever
+    Image.init()
+    return Image.open(file, formats=[known for known in FORMATS if known in Image.OPEN])
+
+
+def _fetch(address: str) -> bytes:
+    data, end = bytearray(), time.monotonic() + SECONDS
+    with httpx.stream("GET", address, timeout=SECONDS, follow_redirects=True) as answer:
+        answer.raise_for_status()
+        for part in answer.iter_bytes():
+            data += part
+            if len(data) > BYTES or time.monotonic() > end:
+                raise OSError(f"more than {SECONDS} seconds or {BYTES} bytes")
+    return bytes(data)
+
+
+def _channels_last(array: Array, channels: str | None) -> np.ndarray:
+    """(h, w) or (h, w, c)."""
     if isinstance(array, torch.Tensor):
         try:
             wide = torch.float32 if array.dtype.itemsize < 4 and array.is_floating_point() else array.dtype
             array = array.detach().to("cpu", wide).numpy()
         except (RuntimeError, TypeError, NotImplementedError) as error:
             described = f"{array.dtype}, {array.layout}, on {array.device}"
-            raise ValueError(f"cannot read an image tensor ({described}): {str(error).splitlines()[0]}") from None
-    if 0 in array.shape:
-        raise ValueError(f"an image array of shape {array.shape} holds no pixels")
+            raise ValueError(f"cannot read an image tensor ({described}): {_short(str(error))}") from None
     counts, shape = (1, 3, 4), array.shape
-    first, last = array.ndim == 3 and array.shape[0] in counts, array.ndim == 3 and array.shape[-1] in counts
+    if 0 in shape:
+        raise ValueError(f"an image array of shape {shape} holds no pixels")
+    first, last = array.ndim == 3 and shape[0] in counts, array.ndim == 3 and shape[-1] in counts
     if first and last and channels is None:
-        raise ValueError(
-            f"an image array of shape {array.shape} may have its channels first or last: say which, "
-            "input_data_format='channels_first' or 'channels_last'"
-        )
+        which = "input_data_format='channels_first' or 'channels_last'"
+        raise ValueError(f"an image array of shape {shape} may have its channels first or last: say {which}")
     if array.ndim == 3 and (first if channels is None else str(channels).endswith("first")):
         array = np.moveaxis(array, 0, -1)
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in counts):
         raise ValueError(f"an image array has shape {shape}, expected (h, w), (h, w, c) or (c, h, w) with c 1, 3 or 4")
-    array = _to_8_bit(array, highest)
-    if array.ndim == 3:
-        array = array[..., 0] if array.shape[-1] == 1 else array[..., :3]
-    return Image.fromarray(array)
+    return array
 
 
 def _to_8_bit(values: np.ndarray, highest: float | None = None) -> np.ndarray:
@@ -122,64 +154,61 @@ def _to_8_bit(values: np.ndarray, highest: float | None = None) -> np.ndarray:
     return (values.astype(np.float64) * (255.0 / scale)).round().astype(np.uint8)
 
 
-def _prepare(
-    source: ImageSource, options: dict[str, Any], highest: float | None = None
-) -> Image.Image | np.ndarray | torch.Tensor:
-    """What goes to the image processor: an 8-bit image, but an array whose caller has resized or rescaled it goes as it is."""
+def _pixels(source: ImageSource, options: dict[str, Any], highest: float | None = None) -> np.ndarray:
+    """(c, h, w) for the image processor: 8-bit, but an array whose caller has resized or rescaled it keeps its values."""
+    channels = options.get("input_data_format")
     done = options.get("do_resize") is False or options.get("do_rescale") is False
-    if done and isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim == 3 and 0 not in source.shape:
-        return source
-    return read_image(source, options.get("input_data_format"), highest)
+    if done and isinstance(source, Array) and source.ndim == 3:
+        return np.moveaxis(_channels_last(source, channels), -1, 0)
+    return np.moveaxis(np.asarray(read_image(source, channels, highest)), -1, 0)
 
 
-def _highest(frames: list[Any]) -> float | None:
-    """The largest value in all frames that are arrays of other than 8-bit numbers."""
-    plain = (np.uint8, np.bool_, torch.uint8, torch.bool)
-    arrays = [x for x in frames if isinstance(x, (np.ndarray, torch.Tensor)) and 0 not in x.shape and x.dtype not in plain]
-    return max((float(x.max()) for x in arrays if not (isinstance(x, torch.Tensor) and x.is_meta)), default=None)
+def _frames(frames: Iterable[Any], options: dict[str, Any]) -> list[np.ndarray]:
+    frames, plain = list(frames), (np.uint8, np.bool_, torch.uint8, torch.bool)
+    arrays = [x for x in frames if isinstance(x, Array) and 0 not in x.shape and x.dtype not in plain]
+    highest = max((float(x.max()) for x in arrays if not (isinstance(x, torch.Tensor) and x.is_meta)), default=None)
+    if not frames:
+        raise ValueError("a video has no frames, expected at least one")
+    try:
+        return [_pixels(frame, options, highest) for frame in frames]
+    except ValueError as error:
+        raise ValueError(f"{error}; a video is given as its frames, a file has to be decoded first") from None
 
 
-def _without_format(options: dict[str, Any], image: Any) -> dict[str, Any]:
-    return {k: v for k, v in options.items() if k != "input_data_format"} if isinstance(image, Image.Image) else options
-
-
-def _flatten(items: Any) -> Iterator[Any]:
-    """The images of an image, a list, a list of lists, or an array of images, in order."""
-    if isinstance(items, (list, tuple)) or (isinstance(items, (np.ndarray, torch.Tensor)) and items.ndim == 4):
-        for item in items:
-            yield from _flatten(item)
-    else:
-        yield items
+def _is_image(item: Any) -> bool:
+    """Whether `item` is one image, not several."""
+    return not isinstance(item, (list, tuple)) and getattr(item, "ndim", 3) != 4
 
 
 def _is_video(item: Any) -> bool:
-    """Whether `item` is one video: an array of frames, or a list of frames."""
-    if isinstance(item, (np.ndarray, torch.Tensor)):
-        return item.ndim == 4
-    return isinstance(item, (list, tuple)) and len(item) > 0 and all(_is_frame(frame) for frame in item)
+    """Whether `item` is one video, an array of frames or a list of frames, not several."""
+    if isinstance(item, (list, tuple)):
+        return len(item) > 0 and all(isinstance(x, (str, PathLike, Image.Image)) or getattr(x, "ndim", 0) == 3 for x in item)
+    if isinstance(item, (str, PathLike)):
+        raise ValueError(f"video {_short(repr(str(item)))}: decode it first and pass its frames, a list of images or an array")
+    if getattr(item, "ndim", 0) not in (4, 5):
+        raise ValueError(f"a video is given as {type(item).__name__}, expected a list of frames or an array (frames, h, w, 3)")
+    return item.ndim == 4
 
 
-def _is_frame(item: Any) -> bool:
-    if isinstance(item, (np.ndarray, torch.Tensor)):
-        return item.ndim == 3
-    return isinstance(item, (str, PathLike, Image.Image))
+def _groups(items: Any, is_one: Callable[[Any], bool], read: Callable[[Any], Any]) -> list[list[Any]] | None:
+    """What is read, as one list per prompt where a list of lists is given, else as a single list; None if there is nothing."""
+
+    def flat(items: Any) -> list[Any]:
+        return [read(items)] if is_one(items) else [one for item in items for one in flat(item)]
+
+    nested = isinstance(items, (list, tuple)) and all(isinstance(own, (list, tuple)) and not is_one(own) for own in items)
+    groups = [] if items is None else [flat(own) for own in (items if nested else [items])]
+    return groups if any(groups) else None
 
 
-def _videos(items: Any) -> Iterator[list[Any]]:
-    """Every video of a video, a list of videos, or a list of lists of videos, as its list of frames."""
-    if _is_video(items):
-        yield list(items)
-    elif isinstance(items, (list, tuple)) and items:
-        for item in items:
-            yield from _videos(item)
-    elif isinstance(items, (str, PathLike)):
-        raise ValueError(f"video {str(items)!r}: decode it first and pass its frames, a list of images or an array")
-    elif not isinstance(items, (list, tuple)):
-        raise ValueError(f"a video is given as {type(items).__name__}, expected a list of frames or an array (frames, h, w, 3)")
-
-
-class LlavaOnevision1_5Processor(ProcessorMixin):
+class LlavaOnevision1_5Processor(Qwen2VLProcessor):
     """Tokenizer and Pillow image processor in one.
+
+    Called with `text`, one prompt or a list, and `images` and `videos`, one, a list, or a list per prompt: images are paths,
+    addresses, base64, Pillow images or arrays, videos lists of them or arrays of frames. Options are the tokenizer's and the
+    image processor's, flat or in `text_kwargs`, `images_kwargs` and `videos_kwargs`. Prompts are padded on the side that the
+    tokenizer says, which `from_pretrained` sets to the left. ValueError where images cannot be read or do not match the text.
 
     Args:
         image_processor: a `Qwen2VLImageProcessorPil` with `temporal_patch_size` 1.
@@ -187,200 +216,158 @@ class LlavaOnevision1_5Processor(ProcessorMixin):
         chat_template: Jinja template; by default the tokenizer's.
     """
 
-    def __init__(
-        self,
-        image_processor: Qwen2VLImageProcessorPil | None = None,
-        tokenizer: Any = None,
-        chat_template: str | None = None,
-    ) -> None:
+    valid_processor_kwargs = ProcessingKwargs
+    video_processor = property(lambda self: self.image_processor)  # frames are images
+    return_mm_token_type_ids = False  # given if asked for: the model, of plain 1D positions, does without
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
         if image_processor is None or tokenizer is None:
             raise ValueError("the processor needs an image_processor and a tokenizer")
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
         if image_processor.temporal_patch_size != 1:
             raise ValueError(f"temporal_patch_size of the image processor is {image_processor.temporal_patch_size}, expected 1")
-        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids([self.image_token, self.video_token])
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> LlavaOnevision1_5Processor:
-        """From a folder or repository; `min_pixels` and `max_pixels` override the image processor's.
+    def _get_arguments_from_pretrained(cls, name_or_path: Any, processor_dict: Any = None, **kwargs: Any) -> list[Any]:
+        """The image processor, with `min_pixels` and `max_pixels` put in, and the tokenizer, where `from_pretrained` has none.
 
-        The processor class that the files name (the published ones name Qwen2.5-VL's) is not looked at.
+        The classes are fixed, whatever the files name (the published ones name Qwen2.5-VL's), and none of their code runs.
         """
+        image_processor, tokenizer = kwargs.pop("image_processor", None), kwargs.pop("tokenizer", None)
         pixels = {key: kwargs.pop(key) for key in ("min_pixels", "max_pixels") if key in kwargs}
-        # Options for choosing classes: here they are fixed.
-        for key in ("config", "trust_remote_code", "use_fast", "_from_auto"):
+        for key in ("config", "trust_remote_code", "use_fast", "_from_auto", "chat_template"):
             kwargs.pop(key, None)
-        processor_dict, kwargs = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        # The published files may leave this to the class, whose default is Qwen2-VL's 2.
-        image_processor.temporal_patch_size = 1
-        image_processor.size = _pixel_limits(image_processor.size, pixels)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except Exception as error:  # the tokenizers library raises bare ones, without a file's name
-            raise ValueError(f"cannot load the tokenizer of {pretrained_model_name_or_path}: {error}") from error
-        # What `generate` needs; a user's choice, here or later on the tokenizer, counts.
-        tokenizer.padding_side = kwargs.get("padding_side", "left")
-        return cls(image_processor, tokenizer, chat_template=processor_dict.get("chat_template"))
-
-    def __call__(
-        self,
-        images: Any = None,
-        text: str | list[str] | None = None,
-        videos: Any = None,
-        audio: None = None,
-        **kwargs: Any,
-    ) -> BatchFeature:
-        """
-        Args:
-            images: one image, a list, or a list per prompt: paths, addresses, Pillow images, arrays.
-            text: one prompt or a list, with one `<|image_pad|>` per image and one `<|video_pad|>` per video.
-            videos: one video, a list, or a list per prompt; a video is a list of frames or an array of them.
-            **kwargs: the tokenizer's options (`padding`, `return_tensors`, ...) and the image processor's
-                (`min_pixels`, `max_pixels`, `size`, ...), also inside `text_kwargs`, `images_kwargs`, `videos_kwargs`.
-                Padding is on the side that the tokenizer says, which `from_pretrained` sets to the left.
-
-        Returns:
-            `input_ids`, `attention_mask`, and `pixel_values`, `image_grid_thw`, `pixel_values_videos`, `video_grid_thw` where
-            there are images or videos.
-
-        Raises:
-            ValueError: an image cannot be read, or placeholders and images do not match in number.
-        """
-        if audio is not None:
-            raise ValueError("this model takes no audio")
-        image_options, video_options, text_options = _split_options(kwargs)
-        for name in ("patch_size", "merge_size", "temporal_patch_size"):
-            for options in (image_options, video_options):
-                if options.get(name, (fixed := getattr(self.image_processor, name))) != fixed:
-                    raise ValueError(f"{name} {options[name]!r}: expected {fixed}, which the model was trained with")
-        data: dict[str, Any] = {}
-        image_tokens: list[int] = []
-        video_tokens: list[int] = []
-        if images is not None and (flat := [_prepare(image, image_options) for image in _flatten(images)]):
-            data["pixel_values"], data["image_grid_thw"] = self._patches(flat, image_options)
-            image_tokens = self._merged_tokens(data["image_grid_thw"])
-        if videos is not None and (clips := list(_videos(videos))):
-            patches, grids = zip(*(self._video_patches(clip, video_options) for clip in clips), strict=True)
-            data["pixel_values_videos"], data["video_grid_thw"] = np.concatenate(patches), np.stack(grids)
-            video_tokens = self._merged_tokens(data["video_grid_thw"])
-        return_tensors = text_options.get("return_tensors")
-        if text is not None:
-            prompts = [text] if isinstance(text, str) else _prompts(text)
-            _check_per_prompt(prompts, self.image_token, images, "images")
-            if not _is_video(videos):
-                _check_per_prompt(prompts, self.video_token, videos, "videos")
-            prompts = self._expand(prompts, self.image_token, image_tokens, "image")
-            prompts = self._expand(prompts, self.video_token, video_tokens, "video")
-            data = {**self.tokenizer(prompts, **text_options), **data}
-        elif not data:
-            raise ValueError("pass at least one of text, images and videos")
-        return BatchFeature(data, tensor_type=return_tensors)
-
-    def _patches(self, images: list[Any], options: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        if "min_pixels" in options or "max_pixels" in options:
-            limits = _pixel_limits(options.get("size") or self.image_processor.size, options)
-            options = {key: value for key, value in options.items() if key not in ("min_pixels", "max_pixels")}
-            options["size"] = limits
-        # One call per image: the arrays of one call must agree in where their channels are, files need not.
-        # Where an array's channels are is known by now, unless it goes on as it is.
-        features = [self.image_processor(image, return_tensors="np", **_without_format(options, image)) for image in images]
-        return (
-            np.concatenate([feature["pixel_values"] for feature in features]),
-            np.concatenate([feature["image_grid_thw"] for feature in features]),
-        )
-
-    def _video_patches(self, frames: list[Any], options: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        if not frames:
-            raise ValueError("a video has no frames, expected at least one")
-        try:
-            images = [_prepare(frame, options, _highest(frames)) for frame in frames]
-        except ValueError as error:
-            raise ValueError(f"{error}; a video is given as its frames, a file has to be decoded first") from None
-        patches, grids = self._patches(images, options)
-        if (grids != grids[0]).any():
-            raise ValueError(f"the frames of a video have different sizes: grids {grids[:, 1:].tolist()}")
-        return patches, np.array([len(frames), *grids[0, 1:]])
-
-    def _merged_tokens(self, grids: np.ndarray) -> list[int]:
-        return (grids.prod(-1) // self.image_processor.merge_size**2).tolist()
+        if image_processor is None:
+            image_processor = Qwen2VLImageProcessorPil.from_pretrained(name_or_path, **kwargs)
+            # The published files may leave this to the class, whose default is Qwen2-VL's 2.
+            image_processor.temporal_patch_size = 1
+            image_processor.size = _pixel_limits(image_processor.size, **pixels)
+        elif pixels:
+            raise ValueError(f"{', '.join(pixels)} beside an image_processor: set the limits there")
+        if tokenizer is None:
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, **kwargs)
+            except Exception as error:  # the tokenizers library raises bare ones, without a file's name
+                raise ValueError(f"cannot load the tokenizer of {name_or_path}: {error}") from error
+            # What `generate` needs; a user's choice, here or later on the tokenizer, counts.
+            tokenizer.padding_side = kwargs.get("padding_side", "left")
+        return [image_processor, tokenizer]
 
     @staticmethod
-    def _expand(prompts: list[str], token: str, counts: list[int], kind: str) -> list[str]:
-        """Each placeholder repeated as often as its image or video has features."""
-        found = sum(prompt.count(token) for prompt in prompts)
-        if found != len(counts):
-            raise ValueError(f"{found} {token} placeholders in the text, but {len(counts)} {kind}s were passed")
-        remaining = iter(counts)
-        expanded = []
-        for prompt in prompts:
-            first, *rest = prompt.split(token)
-            expanded.append(first + "".join(token * next(remaining) + part for part in rest))
-        return expanded
+    def get_possibly_dynamic_module(module_name: str) -> Any:
+        """A file may name any class of transformers as its audio tokenizer, to load anything with: there is none here."""
+        if module_name not in ("ImageProcessingMixin", "PreTrainedTokenizerBase", "MistralCommonBackend"):
+            raise ValueError(f"the processor's files name the audio tokenizer {module_name}: this model takes no audio")
+        return Qwen2VLProcessor.get_possibly_dynamic_module(module_name)
+
+    def prepare_inputs_layout(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> tuple:
+        """Prompts as a list, images as lists of arrays (c, h, w), videos as lists of lists of them."""
+        common = {**kwargs.get("common_kwargs", {}), **kwargs}
+        image_options, video_options = ({**common, **kwargs.get(name, {})} for name in ("images_kwargs", "videos_kwargs"))
+        images = _groups(images, _is_image, lambda image: _pixels(image, image_options))
+        videos = _groups(videos, _is_video, lambda frames: _frames(frames, video_options))
+        return images, None if text is None else _prompts(text), videos, kwargs.get("audio")
+
+    def validate_inputs(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> None:
+        """Raises ValueError where images or videos and placeholders do not match in number, in all or prompt by prompt."""
+        if kwargs.get("audio") is not None:
+            raise ValueError("this model takes no audio")
+        if images is None and text is None and videos is None:
+            raise ValueError("pass at least one of text, images and videos")
+        for kind, token, groups in (("images", self.image_token, images), ("videos", self.video_token, videos)):
+            counts = [len(group) for group in groups or []]
+            found = [prompt.count(token) for prompt in text or []]
+            if text is not None and sum(found) != sum(counts):
+                raise ValueError(f"{sum(found)} {token} placeholders in the text, but {sum(counts)} {kind} were passed")
+            if text is not None and len(counts) > 1 and counts != found:
+                raise ValueError(f"{kind} per prompt are {counts}, but the prompts have {found} {token} placeholders")
+            if counts and kwargs.get("return_offsets_mapping") and not ADJUSTS_MASKS:
+                raise ValueError(f"return_assistant_tokens_mask with {kind} needs a newer transformers")
+        if kwargs.get("sanitize_control_tokens") and not SANITIZES:
+            raise ValueError("sanitize_control_tokens needs a newer transformers")
+
+    def _merge_kwargs(self, *args: Any, **kwargs: Any) -> dict[str, dict]:
+        """As transformers', with the limits on pixels inside `size`; ValueError for what the model was not trained with."""
+        try:
+            merged = super()._merge_kwargs(*args, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(_short(str(error))) from None
+        images, videos = merged["images_kwargs"], merged["videos_kwargs"]
+        for name in ("fps", "num_frames", "do_sample_frames"):
+            if videos.get(name):
+                raise ValueError(f"{name} is {videos[name]!r}: a video is given as its frames, of which all are taken")
+        for name in VideosKwargs.__annotations__.keys() - self.image_processor.valid_kwargs.__annotations__.keys():
+            videos.pop(name, None)
+        for options in (images, videos):
+            for name in ("patch_size", "merge_size", "temporal_patch_size"):
+                if options.get(name, (fixed := getattr(self.image_processor, name))) != fixed:
+                    raise ValueError(f"{name} {options[name]!r}: expected {fixed}, which the model was trained with")
+            pixels = {key: options.pop(key) for key in ("min_pixels", "max_pixels") if key in options}
+            options["size"] = _pixel_limits(options.get("size") or self.image_processor.size, **pixels)
+            options["input_data_format"] = "channels_first"
+        return merged
+
+    def _process_images(self, images: list[list[np.ndarray]], **options: Any) -> tuple[Any, list[str]]:
+        return super()._process_images([image for group in images for image in group], **options)
+
+    def _process_videos(self, videos: list[list[list[np.ndarray]]], **options: Any) -> tuple[Any, list[str]]:
+        clips = [self.image_processor(one, **{**options, "return_tensors": "np"}) for group in videos for one in group]
+        grids = np.array([[len(clip["image_grid_thw"]), *clip["image_grid_thw"][0, 1:]] for clip in clips])
+        for clip, grid in zip(clips, grids, strict=True):
+            if (clip["image_grid_thw"][:, 1:] != grid[1:]).any():
+                raise ValueError(f"the frames of a video have different sizes: grids {clip['image_grid_thw'].tolist()}")
+        data = {"pixel_values_videos": np.concatenate([clip["pixel_values"] for clip in clips]), "video_grid_thw": grids}
+        return data, [self.replace_video_token(data, index) for index in range(len(grids))]
+
+    def _get_num_multimodal_tokens(self, image_sizes: Any = None, video_sizes: Any = None, **kwargs: Any) -> MultiModalData:
+        """Placeholders of images of the sizes (height, width) and videos (frames, height, width), under a call's options."""
+        merged, merge = self._merge_kwargs(self.valid_processor_kwargs, **kwargs), self.image_processor.merge_size**2
+
+        def patches(kind: str, height: int, width: int) -> int:
+            if merged[kind].get("do_resize") is False:
+                raise ValueError("do_resize is False: the sizes of what goes to the model are not known before")
+            size = merged[kind]["size"]
+            limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+            return self.image_processor.get_number_of_image_patches(height, width, limits)
+
+        found: dict[str, list[int]] = {}
+        if image_sizes is not None:
+            found["num_image_patches"] = [patches("images_kwargs", *size) for size in image_sizes]
+            found["num_image_tokens"] = [count // merge for count in found["num_image_patches"]]
+        if video_sizes is not None:
+            found["num_video_tokens"] = [t * patches("videos_kwargs", *size) // merge for t, *size in video_sizes]
+        return MultiModalData(**found)
 
     @property
     def model_input_names(self) -> list[str]:
-        names = self.tokenizer.model_input_names + self.image_processor.model_input_names
-        return [*dict.fromkeys(names), "pixel_values_videos", "video_grid_thw"]
+        return [*super().model_input_names, "pixel_values_videos", "video_grid_thw"]
 
 
-def _pixel_limits(size: Any, options: dict[str, Any]) -> dict[str, int]:
-    """The image processor's `size` with `min_pixels` / `max_pixels` of `options` put in."""
-    for name in ("min_pixels", "max_pixels"):
-        if isinstance(value := options.get(name), bool) or not isinstance(value, (int, float, np.number, type(None))):
-            raise ValueError(f"{name} is {value!r}, expected a number of pixels")
-    limits = {"shortest_edge": size["shortest_edge"], "longest_edge": size["longest_edge"]}
-    if options.get("min_pixels") is not None:
-        limits["shortest_edge"] = options["min_pixels"]
-    if options.get("max_pixels") is not None:
-        limits["longest_edge"] = options["max_pixels"]
-    # A limit of the call that passes the configured other one takes it along.
-    if options.get("min_pixels") is None:
-        limits["shortest_edge"] = min(limits.values())
-    if options.get("max_pixels") is None:
-        limits["longest_edge"] = max(limits.values())
-    if not 0 < limits["shortest_edge"] <= limits["longest_edge"]:
-        raise ValueError(
-            f"min_pixels {limits['shortest_edge']} and max_pixels {limits['longest_edge']}: expected 0 < min <= max"
-        )
-    if Image.MAX_IMAGE_PIXELS is not None and limits["shortest_edge"] > 2 * Image.MAX_IMAGE_PIXELS:
+def _pixel_limits(size: Any, min_pixels: float | None = None, max_pixels: float | None = None) -> dict[str, int]:
+    """The image processor's `size` with a call's limits put in; one that passes the configured other one takes it along."""
+    try:
+        low = size["shortest_edge"] if min_pixels is None else min_pixels
+        high = size["longest_edge"] if max_pixels is None else max_pixels
+        low = low if min_pixels is not None else min(low, high)
+        high = high if max_pixels is not None else max(low, high)
+    except (KeyError, TypeError):
+        given = f"size {size!r}, min_pixels {min_pixels!r}, max_pixels {max_pixels!r}"
+        raise ValueError(f"{given}: expected numbers of pixels, shortest_edge and longest_edge in a size") from None
+    if not 0 < low <= high:
+        raise ValueError(f"min_pixels {low} and max_pixels {high}: expected 0 < min <= max")
+    if Image.MAX_IMAGE_PIXELS is not None and low > 2 * Image.MAX_IMAGE_PIXELS:
         # What Pillow takes for an attack in a file, every picture would be enlarged to.
-        raise ValueError(f"min_pixels {limits['shortest_edge']} is more than Pillow's limit of {2 * Image.MAX_IMAGE_PIXELS}")
-    return limits
+        raise ValueError(f"min_pixels {low} is more than Pillow's limit of {2 * Image.MAX_IMAGE_PIXELS}")
+    return {"shortest_edge": low, "longest_edge": high}
 
 
 def _prompts(text: Any) -> list[str]:
-    prompts = list(text) if isinstance(text, Iterable) and not isinstance(text, bytes) else [text]
-    if strange := [prompt for prompt in prompts if not isinstance(prompt, str)]:
-        raise ValueError(f"a prompt is given as {type(strange[0]).__name__}, expected a string or a list of strings")
+    prompts = list(text) if isinstance(text, Iterable) and not isinstance(text, (str, bytes)) else [text]
     if not prompts:
         raise ValueError("text is an empty list, expected at least one prompt")
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise ValueError(f"a prompt is given as {type(prompt).__name__}, expected a string or a list of strings")
+        if lone := re.search("[\ud800-\udfff]", prompt):
+            raise ValueError(f"a prompt holds {lone[0]!r} at position {lone.start()}, which is no text in UTF-8")
     return prompts
-
-
-def _check_per_prompt(prompts: list[str], token: str, items: Any, kind: str) -> None:
-    """A list of lists is one list per prompt."""
-    if not isinstance(items, (list, tuple)) or not items or not all(isinstance(own, (list, tuple)) for own in items):
-        return
-    if kind == "videos" and any(_is_video(own) for own in items):  # lists of frames
-        return
-    counts = [len(list((_videos if kind == "videos" else _flatten)(own))) for own in items]
-    found = [prompt.count(token) for prompt in prompts]
-    if counts != found:
-        raise ValueError(f"{kind} per prompt are {counts}, but the prompts have {found} {token} placeholders")
-
-
-def _split_options(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Options of the call -> those for images, for videos, for the tokenizer."""
-    kwargs = dict(kwargs)
-    common = kwargs.pop("common_kwargs", {})
-    images, videos, text = (dict(kwargs.pop(f"{kind}_kwargs", {})) for kind in ("images", "videos", "text"))
-    for key, value in {**common, **kwargs}.items():
-        for options in _owners(key, images, videos, text):
-            options[key] = value
-    return images, videos, text
-
-
-def _owners(key: str, images: dict, videos: dict, text: dict) -> Iterable[dict]:
-    return (images, videos) if key in IMAGE_OPTIONS else (text,)

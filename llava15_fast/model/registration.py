@@ -11,16 +11,8 @@ import logging
 import sys
 from typing import Any
 
-import transformers.processing_utils  # noqa: F401  -- replaces sys.modules["transformers"]; must come before names are set
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PreTrainedConfig,
-)
+import transformers.processing_utils  # replaces sys.modules["transformers"]; must come before names are set
+from transformers import CONFIG_MAPPING
 
 from .checkpoint import register_tensor_names
 from .configuration import (
@@ -34,71 +26,65 @@ from .processing import LlavaOnevision1_5Processor
 
 logger = logging.getLogger(__name__)
 
+EXPORTED = (
+    LlavaOnevision1_5Config,
+    LlavaOnevision1_5VisionConfig,
+    LlavaOnevision1_5TextConfig,
+    LlavaOnevision1_5Model,
+    LlavaOnevision1_5VisionModel,
+    LlavaOnevision1_5ForConditionalGeneration,
+    LlavaOnevision1_5Processor,
+)
+"""The names of the reference page, for `from transformers import LlavaOnevision1_5ForConditionalGeneration`."""
+
+
+def _is_this_model(name_or_path: Any, kwargs: dict[str, Any]) -> bool:
+    keys = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    try:
+        config, _ = transformers.PreTrainedConfig.get_config_dict(name_or_path, **{k: kwargs[k] for k in keys if k in kwargs})
+    except (OSError, ValueError):
+        return False  # no configuration to go by; transformers says what is wrong
+    model_type = config.get("model_type")
+    # A transformers that brings the upstream type itself brings a processor for it too.
+    return model_type in CONFIG_MAPPING and issubclass(CONFIG_MAPPING[model_type], LlavaOnevision1_5Config)
+
 
 def _install_processor_lookup() -> None:
     """`AutoProcessor.from_pretrained` on a folder of this model gives our processor, whatever class its files name.
 
     The published files name `Qwen2_5_VLProcessor`, which AutoProcessor takes before it looks at the model's type.
     """
-    original = AutoProcessor.from_pretrained
-    if getattr(original, "llava15_fast", False):
-        return
+    original = transformers.AutoProcessor.from_pretrained
 
     @functools.wraps(original)
     def from_pretrained(pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        if _is_this_model(pretrained_model_name_or_path, kwargs):
-            return LlavaOnevision1_5Processor.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return original(pretrained_model_name_or_path, **kwargs)
+        ours = _is_this_model(pretrained_model_name_or_path, kwargs)
+        load = LlavaOnevision1_5Processor.from_pretrained if ours else original
+        return load(pretrained_model_name_or_path, **kwargs)
 
-    from_pretrained.llava15_fast = True
-    AutoProcessor.from_pretrained = staticmethod(from_pretrained)
-
-
-def _is_this_model(name_or_path: Any, kwargs: dict[str, Any]) -> bool:
-    keys = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(name_or_path, **{k: kwargs[k] for k in keys if k in kwargs})
-    except (OSError, ValueError):
-        return False  # no configuration to go by; the original says what is wrong
-    model_type = config.get("model_type")
-    # A transformers that brings the upstream type itself brings a processor for it too.
-    return model_type in CONFIG_MAPPING and issubclass(CONFIG_MAPPING[model_type], LlavaOnevision1_5Config)
-
-
-def _export_names() -> None:
-    """`from transformers import LlavaOnevision1_5ForConditionalGeneration` and the other names of the reference page."""
-    for exported in (
-        LlavaOnevision1_5Config,
-        LlavaOnevision1_5VisionConfig,
-        LlavaOnevision1_5TextConfig,
-        LlavaOnevision1_5Model,
-        LlavaOnevision1_5VisionModel,
-        LlavaOnevision1_5ForConditionalGeneration,
-        LlavaOnevision1_5Processor,
-    ):
-        present = getattr(sys.modules["transformers"], exported.__name__, exported)
-        if present is not exported:
-            logger.warning("transformers brings its own %s; it is left in place", exported.__name__)
-            # transformers looks up the names of tensors by the class's name: theirs and ours must not share it.
-            exported.__name__ = f"Llava15Fast{exported.__name__}"
-            continue
-        setattr(sys.modules["transformers"], exported.__name__, exported)
+    if not hasattr(original, "llava15_fast"):
+        from_pretrained.llava15_fast = True
+        transformers.AutoProcessor.from_pretrained = staticmethod(from_pretrained)
 
 
 def register() -> None:
     """Idempotent."""
-    for config_class in (LlavaOnevision1_5Config, LlavaOnevision1_5VisionConfig, LlavaOnevision1_5TextConfig):
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    try:
-        AutoConfig.register(LlavaOnevision1_5UpstreamConfig.model_type, LlavaOnevision1_5UpstreamConfig)
-    except ValueError:
-        logger.info("transformers brings %s itself", LlavaOnevision1_5UpstreamConfig.model_type)
-    AutoModel.register(LlavaOnevision1_5Config, LlavaOnevision1_5Model, exist_ok=True)
-    AutoModel.register(LlavaOnevision1_5VisionConfig, LlavaOnevision1_5VisionModel, exist_ok=True)
-    for auto_class in (AutoModelForImageTextToText, AutoModelForCausalLM):
+    for config_class in EXPORTED[:3]:
+        transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    if LlavaOnevision1_5UpstreamConfig.model_type not in CONFIG_MAPPING:  # a transformers that brings it reads it itself
+        transformers.AutoConfig.register(LlavaOnevision1_5UpstreamConfig.model_type, LlavaOnevision1_5UpstreamConfig)
+    transformers.AutoModel.register(LlavaOnevision1_5Config, LlavaOnevision1_5Model, exist_ok=True)
+    transformers.AutoModel.register(LlavaOnevision1_5VisionConfig, LlavaOnevision1_5VisionModel, exist_ok=True)
+    for auto_class in (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM):
         auto_class.register(LlavaOnevision1_5Config, LlavaOnevision1_5ForConditionalGeneration, exist_ok=True)
-    AutoProcessor.register(LlavaOnevision1_5Config, LlavaOnevision1_5Processor, exist_ok=True)
+    transformers.AutoProcessor.register(LlavaOnevision1_5Config, LlavaOnevision1_5Processor, exist_ok=True)
     _install_processor_lookup()
-    _export_names()
+    for exported in EXPORTED:
+        if getattr(sys.modules["transformers"], exported.__name__, exported) is exported:
+            setattr(sys.modules["transformers"], exported.__name__, exported)
+        else:
+            logger.warning("transformers brings its own %s; it is left in place", exported.__name__)
+            # transformers looks up the names of tensors by the class's name: theirs and ours must not share it.
+            exported.__name__ = f"Llava15Fast{exported.__name__}"
     for model_class in (LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model):
         register_tensor_names(model_class)

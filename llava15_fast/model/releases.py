@@ -2,9 +2,13 @@
 
 import inspect
 
-from transformers import Qwen3Model
+from transformers import ProcessorMixin, Qwen3Model
 
 CACHE = "cache" if "cache" in inspect.signature(Qwen3Model.forward).parameters else "past_key_values"
 """The name of the key/value cache among arguments and outputs: `cache` from transformers 5.24 on.
 
 Our own forwards take it under either name, with every release."""
+
+ADJUSTS_MASKS = hasattr(ProcessorMixin, "_adjust_assistant_masks_indices")
+SANITIZES = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
+"""Whether `apply_chat_template` counts placeholders in its mask of the assistant's tokens, and keeps control tokens out."""

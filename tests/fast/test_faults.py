@@ -79,15 +79,17 @@ def test_modes(processor, size):
     equal("RGB", processor, image, rgb)
     equal("grey", processor, Image.fromarray(grey), grey_rgb(grey))
     equal("black and white", processor, Image.fromarray(grey > 99), grey_rgb((grey > 99) * np.uint8(255)))
-    alpha = random_rgb(*size, seed=1)[..., :1]
-    equal("RGBA", processor, Image.fromarray(np.concatenate([rgb, alpha], -1)), rgb)
-    equal("grey with alpha", processor, Image.fromarray(np.concatenate([grey[..., None], alpha], -1), "LA"), grey_rgb(grey))
+    alpha = (random_rgb(*size, seed=1)[..., :1] > 99) * np.uint8(255)
+    equal("RGBA", processor, Image.fromarray(np.concatenate([rgb, alpha], -1)), np.where(alpha, rgb, np.uint8(255)))
+    grey_alpha = Image.fromarray(np.concatenate([grey[..., None], alpha], -1), "LA")
+    equal("grey with alpha", processor, grey_alpha, np.where(alpha, grey_rgb(grey), np.uint8(255)))
     palette = Image.fromarray(grey, "P")
     colours = random_rgb(256, 1, seed=2)[0]
     palette.putpalette(colours.tobytes())
     equal("palette", processor, palette, colours[grey])
-    palette.info["transparency"] = 3
-    equal("palette with transparency", processor, palette, colours[grey])
+    palette.info["transparency"] = int(grey[0, 0])
+    on_white = np.where(grey[..., None] == grey[0, 0], np.uint8(255), colours[grey])
+    equal("palette with transparency", processor, palette, on_white)
     cmyk = np.concatenate([rgb, np.zeros_like(alpha)], -1)
     equal("CMYK", processor, Image.fromarray(cmyk, "CMYK"), 255 - rgb)
     deep = grey.astype(np.uint16) * 257
@@ -103,7 +105,7 @@ def test_modes(processor, size):
 def test_arrays(processor, size):
     rgb = random_rgb(*size)
     rgb.flat[0] = 255
-    alpha = np.concatenate([rgb, random_rgb(*size, seed=1)[..., :1]], -1)
+    alpha = np.concatenate([rgb, np.full_like(rgb[..., :1], 255)], -1)
     wide = np.zeros((size[1], 2 * size[0], 5), np.uint8)
     wide[:, ::2, 1:4] = rgb
     arrays = {
