@@ -1,12 +1,11 @@
 """What other libraries save of a patched model is what they save of an unpatched one, tensor by tensor and byte by byte."""
 
 import copy
+import importlib
 import json
-import os
+import operator
 import pickle
-import subprocess
-import sys
-from pathlib import Path
+import pickletools
 
 import accelerate
 import huggingface_hub
@@ -17,7 +16,6 @@ import torch.distributed.checkpoint as dcp
 
 import llava15_fast
 
-ROOT = Path(__file__).parents[2]
 GREEDY = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -36,6 +34,9 @@ def pair(tiny, prompt, request):
     llava15_fast.patch(patched, "torch")
     patched.generate(**prompt, **GREEDY)
     return tiny, patched
+
+
+untied = pytest.mark.parametrize("pair", [False], ids=["untied"], indirect=True)
 
 
 def zeroed(model):
@@ -76,7 +77,6 @@ def save_state_dict_of_hub(model, folder):
 SAVERS = {
     "save_pretrained": lambda model, folder: model.save_pretrained(folder),
     "save_pretrained, sharded": lambda model, folder: model.save_pretrained(folder, max_shard_size="200KB"),
-    "save_pretrained, by the original names": lambda model, folder: model.save_pretrained(folder, save_original_format=False),
     "safetensors.save_file": lambda model, folder: safetensors.save_file(model.state_dict(), folder / "model.safetensors"),
     "safetensors.save_model": lambda model, folder: safetensors.save_model(model, str(folder / "model.safetensors")),
     "huggingface_hub.save_torch_model": huggingface_hub.save_torch_model,
@@ -146,7 +146,7 @@ def through_safetensors(model, folder, fresh):
 
 def through_hub(model, folder, fresh):
     huggingface_hub.save_torch_model(model, folder, max_shard_size="200KB")
-    huggingface_hub.load_torch_model(fresh, folder, strict=not fresh.config.tie_word_embeddings)
+    huggingface_hub.load_torch_model(fresh, folder)
     return fresh
 
 
@@ -163,7 +163,7 @@ def through_accelerate_state(model, folder, fresh):
     saver.save_state(folder)
     loader = accelerator()
     fresh, _ = loader.prepare(fresh, torch.optim.SGD(fresh.parameters(), lr=0.1))
-    loader.load_state(folder, strict=not fresh.config.tie_word_embeddings)
+    loader.load_state(folder)
     saver.free_memory()
     return fresh
 
@@ -198,6 +198,7 @@ THERE_AND_BACK = {
 }
 
 
+@untied
 @pytest.mark.parametrize("way", THERE_AND_BACK)
 def test_what_was_saved_comes_back(pair, prompt, tmp_path, way):
     """Into another patched model, or one that the way makes."""
@@ -208,6 +209,7 @@ def test_what_was_saved_comes_back(pair, prompt, tmp_path, way):
     assert torch.equal(loaded.eval().to(plain.device).generate(**prompt, **GREEDY), expected)
 
 
+@untied
 def test_weights_changed_after_saving_are_restored(pair, tmp_path):
     """Into the very model that was saved."""
     plain, patched = pair
@@ -217,23 +219,16 @@ def test_weights_changed_after_saving_are_restored(pair, tmp_path):
     with torch.no_grad():
         for parameter in patched.parameters():
             parameter.add_(1.0)
-    trainer.load_state(tmp_path, strict=not plain.config.tie_word_embeddings)
+    trainer.load_state(tmp_path)
     assert_same_weights(patched, plain)
     trainer.free_memory()
 
 
-def test_a_saved_model_is_loaded_by_another_process(tiny, prompt, tmp_path):
-    expected = tiny.generate(**prompt, **GREEDY)
-    llava15_fast.patch(tiny, "torch")
-    torch.save((tiny, prompt, GREEDY, expected), tmp_path / "model.pt")
-    code = f"""
-import torch
-model, prompt, options, expected = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
-import llava15_fast
-assert torch.equal(model.generate(**prompt, **options), expected)
-llava15_fast.unpatch(model)
-assert type(model) is llava15_fast.LlavaOnevision1_5ForConditionalGeneration
-assert torch.equal(model.generate(**prompt, **options), expected)
-"""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+@untied
+def test_a_pickle_names_only_what_another_process_can_import(pair):
+    found = pickletools.genops(pickle.dumps(pair[1], protocol=2, fix_imports=False))
+    names = {argument for opcode, argument, _ in found if opcode.name == "GLOBAL"}
+    assert "llava15_fast.fast.generate FastForConditionalGeneration" in names
+    for name in names:
+        module, attribute = name.split(" ", 1)
+        assert operator.attrgetter(attribute)(importlib.import_module(module))

@@ -100,18 +100,14 @@ def fsdp2(model, *paths):
 
 
 WRAPPERS = {
-    "FSDP around layers": lambda model: fsdp1(model, Qwen3DecoderLayer, use_orig_params=True),
-    "FSDP around layers, flat": lambda model: fsdp1(model, Qwen3DecoderLayer, use_orig_params=False),
     "FSDP around layers and blocks": lambda model: fsdp1(
         model, Qwen3DecoderLayer, LlavaOnevision1_5VisionBlock, use_orig_params=True
     ),
-    "FSDP around the whole": lambda model: fsdp1(model, use_orig_params=True),
     "FSDP around the whole, flat": lambda model: fsdp1(model, use_orig_params=False),
     "FSDP2 of layers": lambda model: fsdp2(model, "layers", "blocks"),
     "FSDP2 of what is patched": lambda model: fsdp2(model, "embeddings", "text", "vision", "inner"),
     "FSDP2 of the whole": lambda model: fsdp2(model),
     "DDP": nn.parallel.DistributedDataParallel,
-    "DataParallel": nn.DataParallel,
 }
 
 
@@ -150,9 +146,8 @@ def test_distributed(tiny, golden, group, kind, first):
         assert first == "wrap" and "layers" in kind
     if first == "patch":
         model = in_order(model, [wrap])
-    # FSDP prepares itself in the first call, and FSDP2 adds gradients up where `generate` ran before.
-    for _ in range(2):
-        assert_same(run(model), run(plain))
+    # FSDP2 adds gradients up where `generate` ran before: the plain model runs as often.
+    assert_same(run(model), run(plain))
     llava15_fast.unpatch(model)
     assert is_untouched(model) and classes(model) == classes(plain)
     assert_same(run(model), run(plain))
@@ -231,10 +226,7 @@ PARAMETRIZED = {
     "linear": ("model.language_model.layers.1.mlp.up_proj", "weight"),
     "qkv": ("model.visual.blocks.1.attn.qkv", "bias"),
     "norm": ("model.language_model.layers.1.input_layernorm", "weight"),
-    "norm of heads": ("model.language_model.layers.1.self_attn.k_norm", "weight"),
-    "layer norm": ("model.visual.blocks.1.norm2", "bias"),
     "patch embedding": ("model.visual.patch_embed.proj", "weight"),
-    "merger": ("model.visual.merger.ln_q", "weight"),
     "embeddings": ("model.language_model.embed_tokens", "weight"),
 }
 ORDERS = {
@@ -260,7 +252,7 @@ REMOVED_WHILE_PATCHED = pytest.mark.xfail(reason="the property is not on the cla
     ("what", "order"),
     [
         pytest.param(what, order, marks=[REMOVED_WHILE_PATCHED] * ("class" in what and order == "add-patch-remove-unpatch"))
-        for what, order in some_orders(PARAMETRIZED, ["class_pos_emb", "linear"])
+        for what, order in some_orders(PARAMETRIZED, ["class_pos_emb"])
     ],
 )
 def test_parametrizations(tiny, prompt, what, order):
@@ -281,7 +273,6 @@ def test_parametrizations(tiny, prompt, what, order):
         assert_same(outputs(patched, prompt), expected)
         if step == "add":
             assert differ(expected, first)
-            assert_same(outputs(copy.deepcopy(patched), prompt), expected)
     assert is_untouched(patched) and classes(patched) == classes(tiny)
     assert list(patched.state_dict()) == list(plain.state_dict())
 
@@ -483,13 +474,12 @@ def test_hooks_of_accelerate_on_patched_modules(tiny, prompt, path, order):
         calls.clear()
         assert_same(outputs(tiny, prompt), expected)
         assert bool(calls) == ("add" in done and "remove" not in done)
-        assert_same(outputs(copy.deepcopy(tiny), prompt), expected)
     assert is_untouched(tiny) and classes(tiny) == classes(plain)
     module = tiny.get_submodule(path)
     assert module.forward.__func__ is type(module).forward
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", CROSSED)
 def test_weights_that_accelerate_brings(tiny, prompt, order):
     """Offloaded, and on the device again when the hooks go."""
     accelerate = pytest.importorskip("accelerate")
