@@ -4,6 +4,7 @@ does with it, be it an error."""
 import copy
 import functools
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +20,21 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 import llava15_fast
 from llava15_fast.model import modeling
 from llava15_fast.model.modeling import LlavaOnevision1_5ForConditionalGeneration as Head
+from llava15_fast.model.releases import CACHE
 
+CHECKPOINT = Path(__file__).parents[1] / "golden/tiny_hub"
 GREEDY = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return llava15_fast.LlavaOnevision1_5ForConditionalGeneration.from_pretrained(CHECKPOINT).eval()
+
+
+@pytest.fixture
+def tiny(loaded, device):
+    """Not read from the disk for every test."""
+    return copy.deepcopy(loaded).to(device)
 
 
 @pytest.fixture
@@ -355,7 +369,7 @@ def test_an_update_of_the_users_own(pair, prompt, monkeypatch, owner):
             first = model(**prompt, past_key_values=cache, use_cache=True).logits
             second = model(input_ids=prompt["input_ids"][:, -1:] % 400, past_key_values=cache).logits
         twin = OwnCache() if owner == "subclass" else cache_with(model, owner)
-        answer = model.generate(**prompt, **GREEDY, past_key_values=twin, return_dict_in_generate=True, output_logits=True)
+        answer = model.generate(**prompt, **GREEDY, **{CACHE: twin}, return_dict_in_generate=True, output_logits=True)
         return first, second, cache.get_seq_length(), *answer.logits, answer.sequences
 
     plain, patched = pair
@@ -394,7 +408,8 @@ ARGUMENTS = {
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_arguments(pair, prompt, name):
-    argument = {name.split(" ")[0]: ARGUMENTS[name]()}
+    with pair[0].device:
+        argument = {name.split(" ")[0]: ARGUMENTS[name]()}
     prompt = {key: value for key, value in prompt.items() if key not in argument}
 
     def logits(model):
@@ -427,7 +442,7 @@ def own_config(model, **values):
 
 
 def with_bias(linear):
-    linear.bias = nn.Parameter(torch.randn(linear.weight.shape[0]))
+    linear.bias = nn.Parameter(torch.randn(linear.weight.shape[0], device=linear.weight.device))
 
 
 def prune_heads(model):
@@ -455,7 +470,7 @@ def sliding(model):
 def set_in(owner, **values):
     def edit(model):
         for name, value in values.items():
-            setattr(owner(model), name, value)
+            setattr(owner(model), name, value.to(model.device) if isinstance(value, nn.Module) else value)
 
     return edit
 
@@ -557,7 +572,7 @@ def soft_prompt(model, ids, prefix):
     """Learned embeddings before a frozen model."""
     model.requires_grad_(False)
     torch.manual_seed(1)
-    model.soft = nn.Parameter(torch.randn(len(ids), prefix, 48))
+    model.soft = nn.Parameter(torch.randn(len(ids), prefix, 48, device=ids.device))
     cache = model(inputs_embeds=model.soft, use_cache=True).past_key_values
     return [model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits for at in range(3)]
 
@@ -573,7 +588,7 @@ def keys_trained(model, ids, prefix):
     """The cache itself is what is learned, as in prefix tuning."""
     model.requires_grad_(False)
     torch.manual_seed(1)
-    model.soft = nn.Parameter(torch.randn(3, 2, len(ids), 2, prefix, 16))
+    model.soft = nn.Parameter(torch.randn(3, 2, len(ids), 2, prefix, 16, device=ids.device))
     cache = DynamicCache()
     for index, (keys, values) in enumerate(model.soft):
         cache.update(keys, values, index)

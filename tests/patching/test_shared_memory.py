@@ -1,6 +1,7 @@
 """Weights that share their memory with somebody: `patch` neither cuts that, nor goes on with what was there before."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,19 @@ from torch import nn
 
 import llava15_fast
 
+CHECKPOINT = Path(__file__).parents[1] / "golden/tiny_hub"
 GREEDY = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return llava15_fast.LlavaOnevision1_5ForConditionalGeneration.from_pretrained(CHECKPOINT).eval()
+
+
+@pytest.fixture
+def tiny(loaded, device):
+    """Not read from the disk for every test."""
+    return copy.deepcopy(loaded).to(device)
 
 
 @pytest.fixture
