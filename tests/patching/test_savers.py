@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch as safetensors
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 import llava15_fast
 
@@ -190,11 +191,11 @@ def through_distributed_checkpoint(model, folder, fresh):
 
 def through_distributed_state_dict(model, folder, fresh):
     """By torch's own names of parameters."""
-    state = dcp.state_dict.get_model_state_dict(model)
+    state = get_model_state_dict(model)
     dcp.save(state, checkpoint_id=folder, no_dist=True)
-    loaded = dcp.state_dict.get_model_state_dict(fresh)
+    loaded = get_model_state_dict(fresh)
     dcp.load(loaded, checkpoint_id=folder, no_dist=True)
-    dcp.state_dict.set_model_state_dict(fresh, loaded)
+    set_model_state_dict(fresh, loaded)
     return fresh
 
 
