@@ -10,7 +10,7 @@ import torch
 
 import llava15_fast
 
-SECONDS = 2.5
+SECONDS = 2
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 CASES = ["text", "one_image", "text_batch_left_pad"]
 

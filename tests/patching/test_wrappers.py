@@ -297,10 +297,6 @@ OF_TORCH = {
         lambda module: prune.remove(module, "weight"),
     ),
     "weight norm by a hook": (nn.utils.weight_norm, nn.utils.remove_weight_norm),
-    "weight norm": (
-        nn.utils.parametrizations.weight_norm,
-        lambda module: parametrize.remove_parametrizations(module, "weight"),
-    ),
     "spectral norm": (
         nn.utils.parametrizations.spectral_norm,
         lambda module: parametrize.remove_parametrizations(module, "weight"),
