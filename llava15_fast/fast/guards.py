@@ -145,6 +145,7 @@ WATCHED = {
     "embed": _methods(*(part.module_class for part in EMBED_PARTS)) + _seen(nn.functional, "linear", "conv2d", "layer_norm"),
     "encode": _methods(*(part.module_class for part in ENCODE_PARTS), *GELU)
     + _seen(modeling, "apply_rope_tables", "vision_rope_tables", *_ATTENTION)
+    + _seen(qwen3, "repeat_kv")
     + _seen(nn.functional, "gelu", "layer_norm", *_PRODUCTS),
     "merge": _methods(*(part.module_class for part in MERGE_PARTS)) + _seen(nn.functional, "layer_norm"),
     "cache": _methods(DynamicCache, Cache, DynamicLayer, CacheLayerMixin),
@@ -206,11 +207,19 @@ def inside(module: nn.Module) -> nn.Module:
     return module
 
 
+def _unwrapped(function: Any) -> Any:
+    """transformers wraps a layer's forward, and that of a subclass once more; what somebody else has wrapped is another."""
+    while _is_theirs(function) and hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function
+
+
 def difference(path: str, module: nn.Module, module_class: type[nn.Module], method: str = "forward") -> str | None:
     """What tells that `module` computes by its class something else than `module_class` does, or None."""
     if not isinstance(module, module_class):
         return f"{path} is a {type(module).__name__}, expected {module_class.__name__}"
-    if getattr(type(module), method, None) is not getattr(module_class, method, None):
+    found, expected = (_unwrapped(getattr(cls, method, None)) for cls in (type(module), module_class))
+    if found is not expected:
         return f"{path}: {type(module).__name__} has its own {method}, expected {module_class.__name__}'s"
     return None
 

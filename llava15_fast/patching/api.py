@@ -119,16 +119,23 @@ def patched_class(cls: type[nn.Module], fast: type[nn.Module]) -> type[nn.Module
     that is made here, and pickled by what it consists of."""
     if FAST.get(cls) is fast:
         return fast
+    # What is left when the last parametrization goes is the first base.
+    first = patched_class(cls.__bases__[0], fast) if issubclass(cls.__bases__[0], nn.Module) else fast
     body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": _reduce, ORIGINAL: cls}
-    return type(cls)(cls.__name__, (fast, cls), body)
+    return type(cls)(cls.__name__, (first, cls), {**_properties(cls), **body})
 
 
 ORIGINAL = "_llava15_original"
 
 
+def _properties(cls: type) -> dict[str, property]:
+    """A parametrization is a property of a module's class, which comes and goes."""
+    return {name: value for name, value in vars(cls).items() if isinstance(value, property)}
+
+
 def _reduce(module: nn.Module, protocol: Any) -> tuple:
-    fast, cls = type(module).__bases__
-    return _new, (cls, fast), module.__getstate__()
+    fast = next(fast for fast in FAST.values() if isinstance(module, fast))
+    return _new, (vars(type(module))[ORIGINAL], fast), module.__getstate__()
 
 
 def _new(cls: type[nn.Module], fast: type[nn.Module]) -> nn.Module:
@@ -140,8 +147,12 @@ def unpatched_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The class that `patch` found, also where somebody, FSDP2 or a parametrization, has made a subclass of ours since."""
     if not issubclass(cls, FastModule):
         return cls
-    if ORIGINAL in vars(cls):
-        return vars(cls)[ORIGINAL]
+    if (found := vars(cls).get(ORIGINAL)) is not None:
+        for name in _properties(found).keys() - _properties(cls).keys():
+            delattr(found, name)
+        for name in _properties(cls).keys() - _properties(found).keys():
+            setattr(found, name, vars(cls)[name])
+        return found
     for base, fast in FAST.items():
         if cls is fast:
             return base

@@ -117,11 +117,12 @@ def check_model(root: nn.Module, backend: str) -> None:
     for name, head_dim in (("vision", vision.hidden_size // vision.num_heads), ("text", text.head_dim)):
         if head_dim > MAX_HEAD_DIM:
             raise PatchError(f"{name} head_dim {head_dim} is not supported, expected at most {MAX_HEAD_DIM}")
-    for norm in (inner.language_model.norm, inner.visual.pre_layernorm):
-        if norm.weight.dtype not in FLOAT_DTYPES:
-            raise PatchError(f"dtype {norm.weight.dtype} is not supported, expected float16, bfloat16 or float32")
-        if norm.weight.device.type != "meta":
-            check_backend(backend, norm.weight.device)
+    weights = [norm.weight for norm in (inner.language_model.norm, inner.visual.pre_layernorm)]
+    for weight in (weight for weight in weights if weight is not None):  # without, the guards find the original
+        if weight.dtype not in FLOAT_DTYPES:
+            raise PatchError(f"dtype {weight.dtype} is not supported, expected float16, bfloat16 or float32")
+        if weight.device.type != "meta":
+            check_backend(backend, weight.device)
     for target in TARGETS:
         _check_signature(target)
         try:

@@ -127,10 +127,7 @@ def wrapped(function, wraps):
 OF_TEXT = ["apply_rotary_pos_emb", "rotate_half", "eager_attention_forward", "repeat_kv", "create_causal_mask"]
 OF_VISION = ["apply_rope_tables", "vision_rope_tables", "eager_attention_forward"]
 OF_TORCH = ["linear", "silu", "softmax", "layer_norm", "gelu", "conv2d", "embedding"]
-MISSED = pytest.mark.xfail(reason="the vision tower's eager attention calls it too, where nobody watches it", strict=True)
-FUNCTIONS = [pytest.param(qwen3, name, marks=[MISSED] * (name == "repeat_kv")) for name in OF_TEXT] + [
-    (modeling, name) for name in OF_VISION
-]
+FUNCTIONS = [(qwen3, name) for name in OF_TEXT] + [(modeling, name) for name in OF_VISION]
 FUNCTIONS += [(nn.functional, name) for name in OF_TORCH]
 
 
@@ -521,12 +518,7 @@ STRUCTURES = {
 THE_SAME = {"linear layers of a subclass"}
 
 
-NO_ERROR_OF_OURS = pytest.mark.xfail(reason="patch asks a weight for its dtype that is None", strict=True)
-
-
-@pytest.mark.parametrize(
-    "what", [pytest.param(what, marks=[NO_ERROR_OF_OURS] * (what == "pre_layernorm without weight")) for what in STRUCTURES]
-)
+@pytest.mark.parametrize("what", STRUCTURES)
 def test_structures(pair, prompt, monkeypatch, what):
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "own", half)
     monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "own", sdpa_mask)

@@ -258,17 +258,7 @@ def some_orders(whats, thoroughly):
 CROSSED = ["patch-add-unpatch-remove", "add-patch-remove-unpatch"]
 
 
-# `remove_parametrizations` takes the property away from the class, where it has to lie.
-REMOVED_WHILE_PATCHED = pytest.mark.xfail(reason="the property is not on the class that patch has made", strict=True)
-
-
-@pytest.mark.parametrize(
-    ("what", "order"),
-    [
-        pytest.param(what, order, marks=[REMOVED_WHILE_PATCHED] * ("class" in what and order == "add-patch-remove-unpatch"))
-        for what, order in some_orders(PARAMETRIZED, ["class_pos_emb"])
-    ],
-)
+@pytest.mark.parametrize(("what", "order"), some_orders(PARAMETRIZED, ["class_pos_emb"]))
 def test_parametrizations(tiny, prompt, what, order):
     path, name = PARAMETRIZED[what]
     plain, patched = copy.deepcopy(tiny), copy.deepcopy(tiny)
