@@ -11,7 +11,7 @@ roundings of that dtype cost, so that an exact eager result does not ask for the
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 
 import torch
 
@@ -29,8 +29,54 @@ def worst(ours: torch.Tensor, ref: torch.Tensor) -> tuple[float, tuple[int, ...]
     return float(difference.flatten()[index]), tuple(int(i) for i in torch.unravel_index(torch.tensor(index), ref.shape))
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """`ours` against a reference in higher precision, beside what eager gives in our dtype, and the bound that the rule sets.
+
+    The first three numbers are largest absolute errors, the next three norms of the error by the norm of the reference, for
+    which the same rule holds. `where` is the coordinate of our largest error, and `shape` that of what is compared.
+    """
+
+    name: str
+    ours: float
+    eager: float
+    bound: float
+    ours_relative: float
+    eager_relative: float
+    relative_bound: float
+    where: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Within the rule; never where eager itself is not finite, for that tells nothing."""
+        finite = self.eager < torch.inf and self.eager_relative < torch.inf
+        return finite and self.ours <= self.bound and self.ours_relative <= self.relative_bound
+
+    @classmethod
+    def of(cls, name: str, ours: torch.Tensor, eager: torch.Tensor, reference: torch.Tensor) -> Comparison:
+        reference, rounded = reference.double(), reference.to(eager.dtype)
+        numbers: list[float] = []
+        # Adding 0.3 and taking it away is two roundings near 0; the norm of one rounding stands for each.
+        for order, *rounding in ((torch.inf, rounded + 0.3 - 0.3, rounded), (2, rounded, reference)):
+            size = max(_norm(reference, order), torch.finfo(torch.float32).tiny)
+            unit = 1.0 if order == torch.inf else size
+            pairs = (ours, reference), (eager, reference), rounding
+            error, eager_error, rounding_error = (_norm(x.double() - y.double(), order) / unit for x, y in pairs)
+            least = 1e-5 * (size / unit)
+            exact = eager.dtype == torch.float32
+            numbers += [error, eager_error, max(least, 2 * eager_error) if exact else 2 * (eager_error + rounding_error)]
+        return cls(name, *numbers, worst(ours, reference)[1], tuple(reference.shape))
+
+
+def _norm(error: torch.Tensor, order: float) -> float:
+    """Its largest value (inf) or the root of the sum of squares (2). NaN counts as infinite."""
+    finite = torch.nan_to_num(error.abs(), nan=torch.inf, posinf=torch.inf)
+    return float(torch.linalg.vector_norm(finite, order)) if error.numel() else 0.0
+
+
 def assert_close(ours: torch.Tensor, eager: torch.Tensor, ref: torch.Tensor, what: str = "") -> None:
-    """Raises AssertionError with the worst coordinate where `ours` breaks the rule.
+    """Raises AssertionError with the worst coordinate where `ours` breaks the rule for the largest error.
 
     Args:
         ours: the kernel's result.
@@ -41,18 +87,11 @@ def assert_close(ours: torch.Tensor, eager: torch.Tensor, ref: torch.Tensor, wha
     assert ours.shape == ref.shape and ours.dtype == eager.dtype, (
         f"{what}: {ours.dtype} {tuple(ours.shape)}, expected {eager.dtype} {tuple(ref.shape)}"
     )
-    error, where = worst(ours, ref)
-    eager_error, _ = worst(eager, ref)
-    assert eager_error < math.inf, f"{what}: what it is held against is not finite"
-    if ours.dtype == torch.float32:
-        scale = max(float(ref.abs().max()) if ref.numel() else 0.0, torch.finfo(torch.float32).tiny)
-        error, eager_error = error / scale, eager_error / scale
-        bound = max(1e-5, 2 * eager_error)
-    else:
-        rounded = ref.to(ours.dtype)
-        bound = 2 * eager_error + 2 * worst(rounded + 0.3 - 0.3, rounded)[0]
-    if not error <= bound:
+    found = Comparison.of(what, ours, eager, ref)
+    assert found.eager < torch.inf, f"{what}: what it is held against is not finite"
+    if not found.ours <= found.bound:
+        at = found.where
         raise AssertionError(
-            f"{what}: error {error:.3e} > {bound:.3e} at {where}: {ours[where].item()!r}, expected {ref[where].item()!r} "
-            f"(eager's error is {eager_error:.3e})"
+            f"{what}: error {found.ours:.3e} > {found.bound:.3e} at {at}: {ours[at].item()!r}, expected {ref[at].item()!r} "
+            f"(eager's error is {found.eager:.3e})"
         )

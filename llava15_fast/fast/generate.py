@@ -95,7 +95,9 @@ class FastForConditionalGeneration(FastModule, LlavaOnevision1_5ForConditionalGe
         asked = Asked(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
         reason = "a streamer is given" if streamer is not None else None
         reason = reason or ("several processes generate together" if synced_gpus else None)
-        reason, runtime = reason or _methods_guard(self) or asked.guard(), runtime_of(self)
+        if request is None or not request.is_generate:  # else they were looked at when it began
+            reason = reason or _methods_guard(self)
+        reason, runtime = reason or asked.guard(), runtime_of(self)
         if runtime is not None and reason is None:
             runtime.record.run(METHOD, runtime.backend_on(input_ids.device))
             return decode(self, asked)

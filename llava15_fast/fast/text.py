@@ -46,15 +46,10 @@ METHOD = "language_model"
 @stands_for(Qwen3Model)
 class FastTextModel(FastModule, Qwen3Model):
     def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
+        self, input_ids: torch.Tensor | None = None, attention_mask: Any = None, position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None, inputs_embeds: torch.Tensor | None = None, use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         if (cache := kwargs.pop("cache", None)) is None:  # its other name, see `releases.CACHE`
             cache = past_key_values
         call = TextCall(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, kwargs)

@@ -126,13 +126,9 @@ def _replay(
 
 
 def run_blocks(
-    module: nn.Module,
-    hidden_states: torch.Tensor,
-    position_ids: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
+    module: nn.Module, hidden_states: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int,
     backend: str,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """(S, hidden) -> (S, hidden)."""
     angles = position_ids, module.rotary_pos_emb.inv_freq, module.class_pos_emb
     # Without the kernel, which makes its angles where it uses them, the tables are made once.

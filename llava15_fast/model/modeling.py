@@ -386,21 +386,12 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        pixel_values: Tensor | None = None,
-        pixel_values_videos: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        video_grid_thw: Tensor | None = None,
-        mm_token_type_ids: Tensor | None = None,
-        cache: Cache | None = None,
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
+        pixel_values: Tensor | None = None, pixel_values_videos: Tensor | None = None, image_grid_thw: Tensor | None = None,
+        video_grid_thw: Tensor | None = None, mm_token_type_ids: Tensor | None = None, cache: Cache | None = None,
         **kwargs: Any,
-    ) -> tuple | BaseModelOutputWithPast:
+    ) -> tuple | BaseModelOutputWithPast:  # fmt: skip
         """
         Args:
             input_ids: (B, L) token ids, or `inputs_embeds` (B, L, width) in their place.
@@ -432,14 +423,9 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
             features = torch.cat(self.get_image_features(pixels, grid_thw).pooler_output)
             features = features.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(mask.to(inputs_embeds.device)[..., None], features)
-        return self.language_model(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **{CACHE: past_key_values if cache is None else cache},
-            **kwargs,
-        )
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        kwargs[CACHE] = past_key_values if cache is None else cache
+        return self.language_model(**inputs, use_cache=use_cache, **kwargs)
 
 
 class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel, GenerationMixin):
@@ -487,23 +473,12 @@ class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        pixel_values: Tensor | None = None,
-        pixel_values_videos: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        video_grid_thw: Tensor | None = None,
-        mm_token_type_ids: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple | CausalLMOutputWithPast:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
+        use_cache: bool | None = None, pixel_values: Tensor | None = None, pixel_values_videos: Tensor | None = None,
+        image_grid_thw: Tensor | None = None, video_grid_thw: Tensor | None = None, mm_token_type_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0, cache: Cache | None = None, **kwargs: Any,
+    ) -> tuple | CausalLMOutputWithPast:  # fmt: skip
         """As `LlavaOnevision1_5Model.forward`, plus
 
         Args:
@@ -511,27 +486,15 @@ class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel
             logits_to_keep: the number of last positions to compute logits of (0: all), or their indices.
         """
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values if cache is None else cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            pixel_values=pixel_values,
-            pixel_values_videos=pixel_values_videos,
-            image_grid_thw=image_grid_thw,
-            video_grid_thw=video_grid_thw,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values if cache is None else cache, use_cache=use_cache, pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos, image_grid_thw=image_grid_thw, video_grid_thw=video_grid_thw,
             **{**kwargs, "return_dict": True},
-        )
+        )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            **{CACHE: getattr(outputs, CACHE)},
-        )
+        kept = {name: getattr(outputs, name) for name in ("hidden_states", "attentions", CACHE)}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **kept)

@@ -4,10 +4,7 @@
     image features, logits of every step    through the whole model, the answer's tokens forced to be eager's
     the answer of `generate`                the first token that differs, and how sure eager was of its own there
 
-The rule for a part is that of the kernels' tests, for its largest error and for its relative one (ratio of norms):
-
-    16 bit     ours <= 2 eager's + what two roundings to that dtype cost
-    float32    ours / largest value <= max(1e-5, 2 eager's / largest value)
+The rule for a part is that of the kernels' tests (`llava15_kernels.testing`), for its largest error and for its relative one.
 
 Token ids have to be eager's in float32. In 16 bit, where two attention implementations of transformers disagree as well,
 another token is allowed only where eager's two best logits are closer than twice eager's own distance from the reference.
@@ -32,7 +29,7 @@ from rich.table import Column, Table
 from torch import Tensor, nn
 
 from llava15_kernels._dispatch import Backend, default_backend
-from llava15_kernels.testing import worst
+from llava15_kernels.testing import Comparison
 
 from ..fast import text, vision
 from ..fast.layout import Padding, Spans, prompt_layout
@@ -45,51 +42,6 @@ from ..patching.targets import find_model
 Inputs = dict[str, Tensor]
 
 ORIGINAL = "the original ran"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One part of the model against the reference: our error beside eager's, and the bound that the rule sets.
-
-    The first three are largest absolute errors, the next three norms of the error by the norm of the reference. `where` is the
-    coordinate of our largest error in what is compared, and `shape` the shape of that.
-    """
-
-    name: str
-    ours: float
-    eager: float
-    bound: float
-    ours_relative: float
-    eager_relative: float
-    relative_bound: float
-    where: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Within the rule; never where eager itself is not finite, for that tells nothing."""
-        finite = self.eager < torch.inf and self.eager_relative < torch.inf
-        return finite and self.ours <= self.bound and self.ours_relative <= self.relative_bound
-
-    @classmethod
-    def of(cls, name: str, ours: Tensor, eager: Tensor, reference: Tensor) -> Comparison:
-        reference, rounded = reference.double(), reference.to(eager.dtype)
-        numbers: list[float] = []
-        # Adding 0.3 and taking it away is two roundings near 0; the norm of one rounding stands for each.
-        for order, *rounding in ((torch.inf, rounded + 0.3 - 0.3, rounded), (2, rounded, reference)):
-            size = float(torch.linalg.vector_norm(reference, order)) or 1.0
-            unit = 1.0 if order == torch.inf else size
-            pairs = (ours, reference), (eager, reference), rounding
-            error, eager_error, rounding_error = (_norm(x.double() - y.double(), order) / unit for x, y in pairs)
-            least = 1e-5 * (size / unit)
-            exact = eager.dtype == torch.float32
-            numbers += [error, eager_error, max(least, 2 * eager_error) if exact else 2 * (eager_error + rounding_error)]
-        return cls(name, *numbers, worst(ours, reference)[1], tuple(reference.shape))
-
-
-def _norm(error: Tensor, order: float) -> float:
-    """Its largest value (inf) or the root of the sum of squares (2). NaN counts as infinite."""
-    return float(torch.linalg.vector_norm(torch.nan_to_num(error, nan=torch.inf, posinf=torch.inf), order))
 
 
 @dataclass(frozen=True)
