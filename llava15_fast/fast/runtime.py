@@ -95,6 +95,9 @@ def stands_for(base: type[nn.Module]) -> Callable[[type], type]:
 def original(patched: type, module: nn.Module, name: str) -> Callable[..., Any]:
     """The method that `patched` stands in front of, as a function; `super()` that works too when the class is changed back
     while a call runs."""
+    if torch.compiler.is_compiling():  # Dynamo follows `super` of an instance only
+        bound = getattr(super(patched, module), name)
+        return lambda _, *args, **kwargs: bound(*args, **kwargs)
     cls = type(module)
     return getattr(super(patched, cls) if issubclass(cls, patched) else cls, name)
 

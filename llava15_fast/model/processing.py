@@ -24,7 +24,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoTokenizer
-from transformers.image_utils import httpx
+from transformers.image_utils import httpx  # or httpx2, which newer releases bring under that name
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, VideosKwargs
