@@ -119,10 +119,13 @@ def patched_class(cls: type[nn.Module], fast: type[nn.Module]) -> type[nn.Module
     that is made here, and pickled by what it consists of."""
     if FAST.get(cls) is fast:
         return fast
-    # What is left when the last parametrization goes is the first base.
-    first = patched_class(cls.__bases__[0], fast) if issubclass(cls.__bases__[0], nn.Module) else fast
     body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": _reduce, ORIGINAL: cls}
-    return type(cls)(cls.__name__, (first, cls), {**_properties(cls), **body})
+    base, *others = cls.__bases__
+    if not others and cls.__name__ == f"Parametrized{base.__name__}":
+        # torch takes its properties from the module's class, and after the last one goes back to the first base.
+        own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+        return type(cls)(cls.__name__, (patched_class(base, fast),), {**own, ORIGINAL: cls})
+    return type(cls)(cls.__name__, (fast, cls), body)
 
 
 ORIGINAL = "_llava15_original"
