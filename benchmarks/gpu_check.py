@@ -199,7 +199,7 @@ def parallel() -> list[str]:
     except ImportError:
         return []
     # Each holds up to 8 GB for the exact attention of long sequences.
-    return ["-n", str(min(4, os.cpu_count() or 1))]
+    return ["-n", str(min(6, os.cpu_count() or 1))]
 
 
 # --- ceilings
