@@ -23,7 +23,7 @@ from torch import nn
 from .guards import Facts, Table
 from .kv_cache import Loan
 from .layout import Padding
-from .runtime import original
+from .runtime import original, runtime_of
 
 _current: ContextVar[Request | None] = ContextVar("llava15_request", default=None)
 
@@ -31,7 +31,7 @@ _current: ContextVar[Request | None] = ContextVar("llava15_request", default=Non
 class Request:
     """
     Attributes:
-        modules: that it goes through.
+        runtime: of the model whose modules it goes through.
         is_generate: whether it is a call of `generate`, whose loop is known.
         mask, padding: the attention mask that was read, and what it says.
         reads_padding: whether what is said of padding counts, as in a loss, which predicts a prompt's first token from it.
@@ -42,7 +42,7 @@ class Request:
     """
 
     def __init__(self, module: nn.Module, mask: Any = None, is_generate: bool = False, reads_padding: bool = False) -> None:
-        self.modules = {id(part): part for part in family(module)}
+        self.runtime = runtime_of(module)
         self.is_generate, self.reads_padding = is_generate, reads_padding
         self.cache: Any = None
         self.loan: Loan | None = None
@@ -65,7 +65,9 @@ class Request:
 
     def covers(self, module: nn.Module, cache: Any = None) -> bool:
         """Whether a forward of `module` on `cache` belongs to it: the first one, or a step on the cache that is bound."""
-        return id(module) in self.modules and (not self.begun or (cache is not None and cache is self.cache))
+        if self.runtime is None or runtime_of(module) is not self.runtime:
+            return False
+        return not self.begun or (cache is not None and cache is self.cache)
 
     def begin(self, cache: Any, loan: Loan | None, starts: list[int], most_tokens: int) -> None:
         """The text model runs: the vision tower is done, and from now on only steps on `cache` belong to a `generate`."""
@@ -79,14 +81,6 @@ class Request:
         if key not in self._facts:
             self._facts[key] = Facts(table, module)
         return self._facts[key]
-
-
-def family(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules of ours that a call of `module` goes through."""
-    yield module
-    for name in ("model", "language_model", "visual"):
-        if isinstance(child := module._modules.get(name), nn.Module):
-            yield from family(child)
 
 
 def current(module: nn.Module, cache: Any = None) -> Request | None:
