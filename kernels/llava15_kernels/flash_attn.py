@@ -79,16 +79,17 @@ def _attend(
             k = k.to(tl.float32)
             v = v.to(tl.float32)
         # Without "ieee" a float32 product is TF32, a thousand times less exact; 16-bit products are not affected.
-        scores = tl.dot(q, k, input_precision="ieee") * scale
+        scores = tl.dot(q, k, input_precision="ieee")
         if MASKED:
             seen = (column < len_k)[None, :]
             if CAUSAL:
                 seen = seen & (column[None, :] <= rows[:, None] + diagonal)
             scores = tl.where(seen, scores, float("-inf"))
-        new_max = tl.maximum(running_max, tl.max(scores, axis=1))
+        # A positive scale keeps the order; behind the maximum it is one fused multiply-add a score.
+        new_max = tl.maximum(running_max, tl.max(scores, axis=1) * scale)
         # A row that has seen nothing yet keeps -inf; 0 in its place avoids (-inf) - (-inf).
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        p = tl.exp2(scores - finite_max[:, None])
+        p = tl.exp2(scores * scale - finite_max[:, None])
         alpha = tl.exp2(running_max - finite_max)
         running_sum = running_sum * alpha + tl.sum(p, axis=1)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
@@ -101,7 +102,7 @@ def _attend_tiles(
     acc, running_sum, running_max, q, k_tiles, v_tiles, head, start_k, start, end, len_k, diagonal, rows, scale,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """`_attend` with keys and values from descriptors. The scale has to be positive: it is applied after the maximum."""
+    """`_attend` with keys and values from descriptors."""
     columns = tl.arange(0, BLOCK_N)
     for block in range(start, end, BLOCK_N):
         k = k_tiles.load([head, start_k + block, 0]).reshape(BLOCK_N, BLOCK_D)
@@ -131,16 +132,21 @@ def _attend_tiles(
 
 
 @triton.jit
-def _place(cu_seqlens_q_ptr, cu_seqlens_k_ptr, n_blocks):
-    """This program's block of rows, and where its segment begins and how long it is in queries and keys."""
-    segment = tl.program_id(0) // n_blocks
-    # The last block first: under a causal mask it takes longest, and what takes longest should not start last.
-    block = n_blocks - 1 - tl.program_id(0) % n_blocks
+def _place(cu_seqlens_q_ptr, cu_seqlens_k_ptr, n_blocks, HEADS: tl.constexpr, CAUSAL: tl.constexpr):
+    """This program's head and block of rows, and where its segment begins and how long it is in queries and keys."""
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    if CAUSAL:
+        # What takes longest should not start last: the last block first, of all heads.
+        head = tile % HEADS
+        tile = tile // HEADS
+    segment = tile // n_blocks
+    block = n_blocks - 1 - tile % n_blocks
     start_q = tl.load(cu_seqlens_q_ptr + segment)
     start_k = tl.load(cu_seqlens_k_ptr + segment)
     len_q = tl.load(cu_seqlens_q_ptr + segment + 1) - start_q
     len_k = tl.load(cu_seqlens_k_ptr + segment + 1) - start_k
-    return block, start_q, len_q, start_k, len_k
+    return head, block, start_q, len_q, start_k, len_k
 
 
 @triton.jit
@@ -169,16 +175,16 @@ def _flash_attn_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     stride_qs, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh, stride_os, stride_oh,
     n_blocks, softmax_scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    block, start_q, len_q, start_k, len_k = _place(cu_seqlens_q_ptr, cu_seqlens_k_ptr, n_blocks)
+    head, block, start_q, len_q, start_k, len_k = _place(cu_seqlens_q_ptr, cu_seqlens_k_ptr, n_blocks, HEADS, CAUSAL)
     if block * BLOCK_M >= len_q:
         return
 
     # int64 before the first multiplication with a stride: tokens * stride passes 2^31 on long packs.
-    head = tl.program_id(1).to(tl.int64)
+    head = head.to(tl.int64)
     q_ptr += start_q.to(tl.int64) * stride_qs + head * stride_qh
     k_ptr += start_k.to(tl.int64) * stride_ks + (head // GROUP) * stride_kh
     v_ptr += start_k.to(tl.int64) * stride_vs + (head // GROUP) * stride_vh
@@ -211,17 +217,16 @@ def _flash_attn_kernel(
 @triton.jit(do_not_specialize=["n_blocks"], do_not_specialize_on_alignment=["cu_seqlens_q_ptr", "cu_seqlens_k_ptr"])
 def _flash_attn_tiles_kernel(
     q_tiles, k_tiles, v_tiles, out_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, stride_os, stride_oh, n_blocks, softmax_scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    block, start_q, len_q, start_k, len_k = _place(cu_seqlens_q_ptr, cu_seqlens_k_ptr, n_blocks)
+    head, block, start_q, len_q, start_k, len_k = _place(cu_seqlens_q_ptr, cu_seqlens_k_ptr, n_blocks, HEADS, CAUSAL)
     if block * BLOCK_M >= len_q:
         return
 
     # Tiles do not stop at the segment's end: rows there belong to the next one, and are masked as keys and never stored.
     # Beyond the tensor and beyond head_dim they are 0.
-    head = tl.program_id(1)
     kv_head = head // GROUP
     q = q_tiles.load([head, start_q + block * BLOCK_M, 0]).reshape(BLOCK_M, BLOCK_D)
     if UPCAST:
@@ -299,11 +304,11 @@ def flash_config(config: FlashConfig) -> Iterator[None]:
         _forced.reset(token)
 
 
-def _configure(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float) -> FlashConfig:
+def _configure(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> FlashConfig:
     """The one place that decides between descriptors and pointers."""
     chosen = q.shape[-1], q.dtype, architecture(q.device)
     config = _forced.get() or FlashConfig.choose(*chosen)
-    if config.descriptors and not (softmax_scale > 0.0 and all(map(_describable, (q, k, v)))):
+    if config.descriptors and not all(map(_describable, (q, k, v))):
         return FlashConfig.choose(*chosen, descriptors=False)
     return config
 
@@ -346,13 +351,14 @@ def _(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0 or max_seqlen_q == 0:
         return out
-    config = _configure(q, k, v, softmax_scale)
+    config = _configure(q, k, v)
     n_blocks = cdiv(max_seqlen_q, config.block_m)
-    grid = ((cu_seqlens_q.shape[0] - 1) * n_blocks, heads)
+    tiles = (cu_seqlens_q.shape[0] - 1) * n_blocks
+    grid = (tiles * heads,) if causal else (tiles, heads)
     block_d = max(16, next_power_of_2(head_dim))
     options = dict(
-        GROUP=heads // k.shape[1], HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        CAUSAL=causal,
+        HEADS=heads, GROUP=heads // k.shape[1], HEAD_DIM=head_dim, BLOCK_D=block_d,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, CAUSAL=causal,
         # The interpreter has no working bfloat16 arithmetic.
         UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
         num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
@@ -427,7 +433,7 @@ def flash_attn_varlen_func(
         k, v: (total_k, kv_heads, head_dim), heads a multiple of kv_heads.
         cu_seqlens_q, cu_seqlens_k: (segments + 1,) int32 on the device of `q`, beginning with 0 and ending with the totals.
         max_seqlen_q, max_seqlen_k: at least the longest segment's length.
-        softmax_scale: by default 1 / sqrt(head_dim).
+        softmax_scale: positive; by default 1 / sqrt(head_dim).
         causal: aligned to the last query and key: row i sees columns up to i + len_k - len_q.
         deterministic: always the case.
         backend: see `_dispatch`.
@@ -437,7 +443,7 @@ def flash_attn_varlen_func(
 
     Raises:
         NotImplementedError: dropout, a window, softcap, alibi, attention probabilities or a block table is asked for.
-        ValueError: shapes that do not fit, head_dim above 256, or tensors on different devices.
+        ValueError: shapes that do not fit, head_dim above 256, a scale that is not positive, or tensors on different devices.
         TypeError: an unsupported dtype.
     """
     for name, value, default in (
@@ -454,14 +460,21 @@ def flash_attn_varlen_func(
     check_bounds("flash_attn_varlen_func", "cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
     if cu_seqlens_k is not cu_seqlens_q or k.shape[0] != q.shape[0] or max_seqlen_k != max_seqlen_q:
         check_bounds("flash_attn_varlen_func", "cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
-    if softmax_scale is None:
-        softmax_scale = q.shape[-1] ** -0.5
+    softmax_scale = scale_of("flash_attn_varlen_func", softmax_scale, q)
     if choose_backend("flash_attn_varlen_func", backend, q, k, v) == "torch":
         # The lengths have to be known to the host, which torch.compile cannot look into: one opaque node for it.
         opaque = torch.compiler.is_compiling() and not needs_grad(q, k, v)
         attend = torch.ops.llava15.flash_attn_varlen_sdpa if opaque else flash_attn_varlen_sdpa
         return attend(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
     return torch.ops.llava15.flash_attn_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, softmax_scale, causal)
+
+
+def scale_of(op: str, softmax_scale: float | None, q: torch.Tensor) -> float:
+    if softmax_scale is None:
+        return q.shape[-1] ** -0.5
+    if not softmax_scale > 0.0:
+        raise ValueError(f"{op}: softmax_scale is {softmax_scale}, expected a positive number")
+    return softmax_scale
 
 
 def _check_shapes(
@@ -498,6 +511,13 @@ def _check_shapes(
             raise ValueError(f"{op}: {name} on {cu_seqlens.device}, q on {q.device}, expected one device")
 
 
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """`x` where CUDA's kernels of `scaled_dot_product_attention` can read it by 16 bytes, which they do without looking
+    (pytorch#183484)."""
+    steps = x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1])
+    return x.clone(memory_format=torch.contiguous_format) if x.is_cuda and any(step % 16 for step in steps) else x
+
+
 def flash_attn_varlen_sdpa(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -510,9 +530,7 @@ def flash_attn_varlen_sdpa(
     """The torch backend: `scaled_dot_product_attention`, neighbouring segments of equal lengths in one call."""
     lengths_q, lengths_k = (cu_seqlens.diff().tolist() for cu_seqlens in (cu_seqlens_q, cu_seqlens_k))
     group = q.shape[1] // k.shape[1]
-    if softmax_scale <= 0.0:
-        # A masked score is -inf before the scale: 0 or a negative number would make it NaN or inf.
-        q, softmax_scale = q * softmax_scale, 1.0
+    q, k, v = map(_aligned, (q, k, v))
     outputs = []
     start_q = start_k = 0
     for (len_q, len_k), run in groupby(zip(lengths_q, lengths_k, strict=True)):

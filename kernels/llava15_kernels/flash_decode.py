@@ -37,7 +37,7 @@ from ._dispatch import (
     next_power_of_2,
 )
 from .cost import Cost, declares_cost, nbytes
-from .flash_attn import MAX_HEAD_DIM, _attend
+from .flash_attn import MAX_HEAD_DIM, _attend, scale_of
 from .tuned import tuned
 
 
@@ -289,7 +289,7 @@ def flash_attn_with_kvcache(
         k_cache, v_cache: (B, capacity, kv_heads, head_dim), heads a multiple of kv_heads.
         cache_seqlens: (B,) int32 on the device, or a number: tokens of the cache that count. By default all.
         cache_leftpad: (B,) int32 on the device: the first token that counts. By default 0.
-        softmax_scale: by default 1 / sqrt(head_dim).
+        softmax_scale: positive; by default 1 / sqrt(head_dim).
         causal: aligned to the last query and key.
         num_splits: runs that the cache is cut into; 0 chooses by the device and the capacity.
         rotary_interleaved: without meaning here.
@@ -334,8 +334,7 @@ def flash_attn_with_kvcache(
                 f"flash_attn_with_kvcache: {name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, expected int32 "
                 f"({batch},) on {q.device}"
             )
-    if softmax_scale is None:
-        softmax_scale = q.shape[-1] ** -0.5
+    softmax_scale = scale_of("flash_attn_with_kvcache", softmax_scale, q)
     arguments = (q, k_cache, v_cache, cache_seqlens, cache_leftpad, softmax_scale, causal)
     if choose_backend("flash_attn_with_kvcache", backend, q, k_cache, v_cache) == "torch":
         return flash_attn_with_kvcache_sdpa(*arguments)

@@ -5,7 +5,8 @@ A graph remembers addresses: of weights, of what it writes to, of its inputs and
 - inputs are copied into buffers of the graph, and its output is copied out, for callers keep what they are given;
 - a step is captured when it comes for the second time, into the `Slot` that its owner keeps for it (KV buffers one for the
   decode step on them, the vision tower one for each of the last sizes), and replayed as long as it comes with the same key;
-- the key holds every address and number that a capture fixes, and the tensors behind them stay alive with the graph.
+- the key holds every address and number that a capture fixes, and the tensors behind them stay alive with the graph;
+- a capture during which another thread has moved a weight is not used.
 
 Graphs of one model replay on one stream at a time. Settings of torch's own arithmetic, TF32 say, are those of the capture.
 """
@@ -17,10 +18,12 @@ import gc
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+from .guards import Facts
 
 logger = logging.getLogger("llava15_fast")
 
@@ -90,7 +93,7 @@ class Slot:
     """The place of one recurring step: nothing, its key when it was seen once, or its graph.
 
     `key` is what must be as it was: the part of the model, where its weights lie (`Facts.fingerprint`), and more. `inputs` and
-    `output` are at fixed addresses; what the graph `reads` besides is kept alive.
+    `output` are at fixed addresses; the weights that the graph reads are `held`, so that nothing else comes to lie there.
     """
 
     def __init__(self) -> None:
@@ -100,7 +103,7 @@ class Slot:
     def clear(self) -> None:
         self.inputs: Tensors = ()
         self.output: torch.Tensor | None = None
-        self.reads: list[torch.Tensor] = []
+        self.held: list[torch.Tensor] = []
         self.graph: CapturedStep | None = None
 
     @property
@@ -123,10 +126,11 @@ class Graphs:
         return device.type == "cuda" and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
 
     def run(
-        self, slot: Slot, key: tuple, inputs: Tensors, step: Step, device: torch.device, reads: Sequence[torch.Tensor]
+        self, slot: Slot, key: tuple, inputs: Tensors, step: Step, device: torch.device, facts: Facts
     ) -> torch.Tensor | None:
         """`step(*inputs)` by a graph, a tensor of its own; None where it is to run without. Inputs, of shapes and dtypes that
-        the key stands for, may be on the host: `step` is given buffers on `device` in their place. It `reads` more tensors."""
+        the key stands for, may be on the host: `step` is given buffers on `device` in their place. It reads the weights that
+        `facts` are about."""
         with self.lock:
             if self.gave_up:
                 return None
@@ -135,19 +139,19 @@ class Graphs:
                 slot.clear()
                 self._drop_stale(*key[:2])
                 return None
-            if not slot.is_captured and not self._capture(slot, inputs, step, device, reads):
+            if not slot.is_captured and not self._capture(slot, inputs, step, device, facts):
                 return None
             _fill(slot.inputs, inputs)
             slot.graph.replay()
             return slot.output.clone()
 
-    def _capture(self, slot: Slot, inputs: Tensors, step: Step, device: torch.device, reads: Sequence[torch.Tensor]) -> bool:
+    def _capture(self, slot: Slot, inputs: Tensors, step: Step, device: torch.device, facts: Facts) -> bool:
         # A pool whose last graph is gone must not be captured into again: torch raises, as long as something in it lives.
         if not any(other.is_captured for other in self.slots):
             self.pool = CapturedStep.new_pool()
         if device not in self.streams:
             self.streams[device] = CapturedStep.new_stream(device)
-        graph = CapturedStep(device, self.streams[device])
+        graph, held = CapturedStep(device, self.streams[device]), facts.hold()
         try:
             # What is captured may be replayed in and out of inference mode.
             with torch.inference_mode(False), torch.no_grad():
@@ -156,13 +160,15 @@ class Graphs:
                 # Nothing may be compiled or set up while capturing; and a step can be repeated.
                 step(*buffers)
                 output = graph.capture(lambda: step(*buffers), self.pool)
-                slot.reads = [tensor.detach() for tensor in reads]
         except RuntimeError as error:  # out of memory is one
             # Whatever it was, running without says it better, or does without.
             self.gave_up = True
             logger.warning("a CUDA graph could not be captured (%s): this model runs without", error)
             return False
-        slot.inputs, slot.output, slot.graph = buffers, output, graph
+        if not facts.still_hold(held):
+            facts.fingerprint = None  # this request goes on without
+            return False
+        slot.inputs, slot.output, slot.graph, slot.held = buffers, output, graph, held
         self.slots.add(slot)
         return True
 

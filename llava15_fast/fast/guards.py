@@ -303,6 +303,7 @@ class Facts:
     """
 
     def __init__(self, table: Table, module: nn.Module) -> None:
+        self.table, self.module = table, module
         self.weight: torch.Tensor | None = None  # the first one, whose dtype all have
         self.plain = self.row_by_row = True
         self._tensors: list[torch.Tensor] = []
@@ -363,17 +364,23 @@ class Facts:
         return None if same else f"{path} is {weight.dtype} {found}, expected {self.weight.dtype} {expected}"
 
     @cached_property
-    def reads(self) -> list[torch.Tensor] | None:
-        """The tensors that a captured graph would read; None if it could not know them."""
-        known = self.guard is None and self.plain and not replaced("linear") and not any(map(is_fake, self._tensors))
-        return self._tensors if known else None
-
-    @cached_property
     def fingerprint(self) -> tuple | None:
-        """What a captured graph has fixed: where those tensors lie, and numbers."""
-        if self.reads is None:
-            return None
-        return (*((tensor.data_ptr(), tensor.stride(), tensor.dtype) for tensor in self.reads), *self._numbers)
+        """What a captured graph fixes: where the tensors lie that it reads, and numbers. None: there must be no graph."""
+        known = self.guard is None and self.plain and not replaced("linear") and not any(map(is_fake, self._tensors))
+        return (*map(_place, self._tensors), *self._numbers) if known else None
+
+    def hold(self) -> list[torch.Tensor]:
+        """Those tensors, kept alive wherever the module goes on to."""
+        return [tensor.detach() for tensor in self._tensors]
+
+    def still_hold(self, held: list[torch.Tensor]) -> bool:
+        """Whether the module reads what is `held`, still or again: as long as that is alive, nothing else lies there."""
+        found = (*map(_place, held), *self._numbers)
+        return found == self.fingerprint == Facts(self.table, self.module).fingerprint
+
+
+def _place(tensor: torch.Tensor) -> tuple:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _text_sizes(module: nn.Module) -> dict[str, int]:
@@ -439,6 +446,8 @@ def _block_guard(block: nn.Module, config: Any) -> str | None:
 def _attention_guard(attention: nn.Module, config: Any) -> str | None:
     if attention.training and attention.attention_dropout:
         return "attention dropout is on"
+    if not attention.scaling > 0:
+        return f"the scale of the attention's scores is {attention.scaling}"
     return None if attention.config is config else "a layer has a configuration of its own"
 
 

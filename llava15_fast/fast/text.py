@@ -89,8 +89,10 @@ class TextCall:
 
     def inputs(self) -> dict[str, Any]:
         """For the original."""
-        given = dict(vars(self))
-        return {CACHE: given.pop("cache"), **given.pop("options"), **given}
+        return {
+            "input_ids": self.input_ids, "attention_mask": self.attention_mask, "position_ids": self.position_ids,
+            CACHE: self.cache, "inputs_embeds": self.inputs_embeds, "use_cache": self.use_cache, **self.options,
+        }  # fmt: skip
 
 
 @dataclass
@@ -251,7 +253,7 @@ def _replay(module: nn.Module, runtime: Runtime, step: Step, embeds: torch.Tenso
     numbers = step.numbers.pin_memory() if embeds.device.type == "cuda" else step.numbers
     key = (METHOD, step.facts.fingerprint, backend, embeds.shape, embeds.dtype, step.position_ids.dtype)
     slot, inputs = step.loan.buffers.slot, (embeds, step.position_ids, numbers)
-    hidden_states = runtime.graphs.run(slot, key, inputs, run, embeds.device, step.facts.reads)
+    hidden_states = runtime.graphs.run(slot, key, inputs, run, embeds.device, step.facts)
     if hidden_states is not None:
         runtime.record.run(METHOD, f"{backend}, CUDA graph")
     return hidden_states

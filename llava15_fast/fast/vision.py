@@ -119,7 +119,7 @@ def _replay(
     sizes = layout.lengths, hidden_states.dtype
     key = ("visual.encode", facts.fingerprint, backend, *sizes)
     inputs = hidden_states, layout.position_ids, layout.cu_seqlens
-    output = runtime.graphs.run(runtime.vision_slot(sizes), key, inputs, step, device, facts.reads)
+    output = runtime.graphs.run(runtime.vision_slot(sizes), key, inputs, step, device, facts)
     if output is not None:
         runtime.record.run("visual.encode", f"{backend}, CUDA graph")
     return output

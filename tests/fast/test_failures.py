@@ -1,13 +1,14 @@
 """What goes wrong in the middle of a call is reported as it is, and the next call answers correctly."""
 
 import copy
+import weakref
 
 import pytest
 import torch
 from transformers import StaticCache
 
 import llava15_fast
-from llava15_fast.fast import kv_cache, text
+from llava15_fast.fast import kv_cache, runtime, text
 from llava15_kernels import flash_attn_with_kvcache
 
 OPTIONS = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -34,6 +35,7 @@ def fails_at(function, call, error):
 def test_no_memory_for_the_cache(tiny, prompt, monkeypatch, call):
     expected = tiny.generate(**prompt, **OPTIONS)
     llava15_fast.patch(tiny, "torch")
+    monkeypatch.setattr(runtime, "_living", weakref.WeakSet())  # other tests' models, whose graphs would be given up for it
     monkeypatch.setattr(kv_cache, "capacity_for", fails_at(lambda tokens: tokens + 1, call, torch.OutOfMemoryError("full")))
     with pytest.raises(torch.OutOfMemoryError, match="full"):
         tiny.generate(**prompt, **OPTIONS)
@@ -46,7 +48,8 @@ def test_no_memory_for_the_cache(tiny, prompt, monkeypatch, call):
 @pytest.mark.parametrize("call", [0, 4, 11])
 def test_an_error_in_the_middle_of_decoding(tiny, prompt, monkeypatch, call, error):
     expected = tiny.generate(**prompt, **OPTIONS)
-    llava15_fast.patch(tiny, "torch")
+    llava15_fast.patch(tiny, "torch", cuda_graph=False)
+    monkeypatch.setattr(runtime, "_living", weakref.WeakSet())
     monkeypatch.setattr(text, "flash_attn_with_kvcache", fails_at(flash_attn_with_kvcache, call, error))
     with pytest.raises(type(error)):
         tiny.generate(**prompt, **OPTIONS)
@@ -78,6 +81,7 @@ def test_a_prompt_longer_than_the_model_knows(tiny):
     assert torch.equal(tiny.generate(ids, **OPTIONS), expected)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is lost to the process behind an index out of range")
 def test_a_static_cache_that_is_too_small(tiny, prompt):
     """As eager, whose error it is; and the next call is right."""
     cache = {"past_key_values": StaticCache(config=tiny.config, max_cache_len=prompt["input_ids"].shape[1] + 2)}

@@ -218,6 +218,47 @@ def test_weights_changed_in_place_are_used_by_the_graph(patched, prompts):
     assert torch.equal(ids, eager(model, prompts("text"), max_new_tokens=6))
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_weights_that_move_while_a_step_is_captured(patched, prompts, monkeypatch, when):
+    """Another thread can do that; what they leave is somebody else's memory by the time of a replay."""
+    model, handle = patched
+    capture = graphs_module.CapturedStep.capture
+
+    def move():
+        for parameter in model.parameters():
+            before = parameter.data
+            parameter.data = before.clone()
+            before.fill_(float("nan"))
+
+    def capturing(self, step, pool):
+        if when == "before":
+            move()
+        output = capture(self, step, pool)
+        if when == "after":
+            move()
+        return output
+
+    monkeypatch.setattr(graphs_module.CapturedStep, "capture", capturing)
+    ids = model.generate(**prompts("text"), max_new_tokens=6, **OPTIONS)
+    assert replays(handle) == 0
+    monkeypatch.setattr(graphs_module.CapturedStep, "capture", capture)
+    again = model.generate(**prompts("text"), max_new_tokens=6, **OPTIONS)
+    assert replays(handle) > 0
+    expected = eager(model, prompts("text"), max_new_tokens=6)
+    assert torch.equal(ids, expected) and torch.equal(again, expected)
+
+
+def test_a_weight_of_another_shape_at_the_same_address(patched, prompts):
+    """Structured pruning."""
+    model, _ = patched
+    model.generate(**prompts("text"), max_new_tokens=6, **OPTIONS)
+    mlp = model.model.language_model.layers[1].mlp
+    for linear, part in ((mlp.gate_proj, slice(48)), (mlp.up_proj, slice(48)), (mlp.down_proj, (slice(None), slice(48)))):
+        linear.weight.data = linear.weight.data[part]
+    ids = model.generate(**prompts("text"), max_new_tokens=6, **OPTIONS)
+    assert torch.equal(ids, eager(model, prompts("text"), max_new_tokens=6))
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -202,6 +202,15 @@ def test_other_changes(tiny, prompt, what, first):
     assert_same(outputs(patched, prompt), expected)
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_scores_that_are_not_scaled_by_a_positive_number(tiny, prompt, scale):
+    tiny.set_attn_implementation("eager")  # with sdpa transformers' answer is NaN
+    tiny.model.language_model.layers[1].self_attn.scaling = scale
+    expected = outputs(tiny, prompt)
+    llava15_fast.patch(tiny, "torch")
+    assert_same(outputs(tiny, prompt), expected)
+
+
 def test_a_forward_that_was_replaced_for_the_whole_class(tiny, prompt, monkeypatch):
     """As other packages of kernels do."""
     plain = copy.deepcopy(tiny)

@@ -131,6 +131,8 @@ def test_flash_decode_errors(device):
         flash_attn_with_kvcache(q, k, v, cache_seqlens=51)
     with pytest.raises(ValueError, match=r"cache_leftpad is .*\(3,\)"):
         flash_attn_with_kvcache(q, k, v, cache_leftpad=int32(0, 0, 0, device=device))
+    with pytest.raises(ValueError, match="softmax_scale is 0"):
+        flash_attn_with_kvcache(q, k, v, softmax_scale=0.0)
     with pytest.raises(ValueError, match="at most 128"):
         flash_attn_with_kvcache(torch.randn(2, 80, 4, 16, device=device), k, v)
     with pytest.raises(TypeError, match="float16"):

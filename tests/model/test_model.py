@@ -99,7 +99,7 @@ def test_prompts_give_the_originals_numbers(model, golden, case):
 @torch.no_grad()
 def test_the_cache_is_taken_by_either_name(tiny, mode, name):
     """transformers renamed it; with every release both are understood, by the text model too."""
-    ids = torch.arange(5, 15)[None]
+    ids = torch.arange(5, 15, device=tiny.device)[None]
     expected = tiny(input_ids=ids).logits[:, 6:]
     if mode is not None:
         llava15_fast.patch(tiny, mode)
@@ -465,9 +465,10 @@ def test_vision_tower_is_mlcd(device, changes, mode):
     patches = image.view(3, 6, 14, 6, 14).permute(1, 3, 0, 2, 4).reshape(36, -1)[order]
     with torch.no_grad():
         expected = oracle(image).last_hidden_state[0, 1:][order]
+        model.to(device)
         if mode is not None:
             llava15_fast.patch(model, mode)
-        output = model.to(device).model.visual(patches.to(device), grid_thw=torch.tensor([[1, 6, 6]]))
+        output = model.model.visual(patches.to(device), grid_thw=torch.tensor([[1, 6, 6]]))
     assert relative(output.last_hidden_state.cpu(), expected) <= 1e-5
     merged = model.model.visual.merger.cpu()(expected)
     assert relative(output.pooler_output.cpu(), merged) <= 1e-5
@@ -525,9 +526,10 @@ def test_text_model_is_qwen3(device, changes, mode):
     input_ids = torch.randint(0, 490, (2, 17 if mode == "triton" else 40))
     with torch.no_grad():
         expected = oracle(input_ids).logits
+        model.to(device)
         if mode is not None:
             llava15_fast.patch(model, mode)
-        assert relative(model.to(device)(input_ids.to(device)).logits.cpu(), expected) <= 1e-5
+        assert relative(model(input_ids.to(device)).logits.cpu(), expected) <= 1e-5
 
 
 @pytest.mark.parametrize(

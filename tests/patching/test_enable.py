@@ -32,13 +32,13 @@ def backends(model):
 @pytest.mark.parametrize(
     "auto_class", [AutoModelForCausalLM, AutoModelForImageTextToText, LlavaOnevision1_5ForConditionalGeneration]
 )
-def test_models_patch_themselves(auto_class, golden):
+def test_models_patch_themselves(auto_class, golden, device):
     inputs = golden["one_image"][0]
     llava15_fast.enable("torch")
-    model = auto_class.from_pretrained(TINY, trust_remote_code=True).eval()
+    model = auto_class.from_pretrained(TINY, trust_remote_code=True).eval().to(device)
     assert backends(model) == {"torch"}
     llava15_fast.disable()
-    plain = auto_class.from_pretrained(TINY, trust_remote_code=True).eval()
+    plain = auto_class.from_pretrained(TINY, trust_remote_code=True).eval().to(device)
     assert not backends(plain) and backends(model) == {"torch"}
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits, rtol=0, atol=1e-4)
