@@ -101,6 +101,7 @@ def cases() -> dict[str, Callable[[Any], torch.Tensor]]:
     mask = torch.ones_like(batch)
     for row, pads in enumerate((0, 200, 120, 160)):
         mask[row, :pads] = 0
+    many, seen = batch.reshape(16, 64), torch.arange(64) >= 3 * torch.arange(16)[:, None]
     grids = {
         "": torch.tensor([[1, 32, 32]]),
         ", 4 images": torch.tensor([[1, 24, 24]] * 4),
@@ -125,6 +126,9 @@ def cases() -> dict[str, Callable[[Any], torch.Tensor]]:
         "prefill": lambda model: model(input_ids=prompt, logits_to_keep=1).logits,
         "prefill, padded batch": lambda model: model(input_ids=batch, attention_mask=mask, logits_to_keep=1).logits,
         "decode": lambda model: model.generate(prompt[:, :32], max_new_tokens=24, **greedy),
+        "decode, padded batch": lambda model: model.generate(
+            many, attention_mask=seen.long(), max_new_tokens=24, **greedy
+        ),
         **{f"vision{images}": vision(grid_thw) for images, grid_thw in grids.items()},
         **{f"prompt{images}": prompt_with(grid_thw) for images, grid_thw in grids.items() if images},
     }
