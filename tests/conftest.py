@@ -66,7 +66,8 @@ def poisoned_buffers(monkeypatch):
 
         def poisoned(*args, original=original, **kwargs):
             tensor = original(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() and not tensor.is_meta else tensor
+            fresh = tensor.is_floating_point() and not tensor.is_meta and not tensor.requires_grad
+            return tensor.fill_(float("nan")) if fresh else tensor
 
         monkeypatch.setattr(torch, name, poisoned)
 

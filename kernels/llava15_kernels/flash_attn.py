@@ -50,6 +50,8 @@ from .cost import Cost, declares_cost, nbytes
 from .tuned import tuned
 
 MAX_HEAD_DIM = 256
+L2_BYTES = 32 * 2**20
+"""What of an H100's 50 MB is left for keys and values beside queries and outputs; FlashAttention-3 counts with as much."""
 
 
 @triton.jit
@@ -132,15 +134,12 @@ def _attend_tiles(
 
 
 @triton.jit
-def _place(cu_seqlens_q_ptr, cu_seqlens_k_ptr, n_blocks, HEADS: tl.constexpr, CAUSAL: tl.constexpr):
+def _place(cu_seqlens_q_ptr, cu_seqlens_k_ptr, n_blocks, heads_at_once):
     """This program's head and block of rows, and where its segment begins and how long it is in queries and keys."""
-    tile = tl.program_id(0)
-    head = tl.program_id(1)
-    if CAUSAL:
-        # What takes longest should not start last: the last block first, of all heads.
-        head = tile % HEADS
-        tile = tile // HEADS
+    head = tl.program_id(1) * heads_at_once + tl.program_id(0) % heads_at_once
+    tile = tl.program_id(0) // heads_at_once
     segment = tile // n_blocks
+    # The last block first: under a causal mask it takes longest, and what takes longest should not start last.
     block = n_blocks - 1 - tile % n_blocks
     start_q = tl.load(cu_seqlens_q_ptr + segment)
     start_k = tl.load(cu_seqlens_k_ptr + segment)
@@ -170,16 +169,19 @@ def _store_rows(out_ptr, acc, running_sum, rows, dims, start_q, len_q, head, str
     tl.store(out_pointers, out.to(out_ptr.dtype.element_ty), mask=(rows < len_q)[:, None] & (dims < HEAD_DIM)[None, :])
 
 
-@triton.jit(do_not_specialize=["n_blocks"], do_not_specialize_on_alignment=["cu_seqlens_q_ptr", "cu_seqlens_k_ptr"])
+@triton.jit(
+    do_not_specialize=["n_blocks", "heads_at_once"],
+    do_not_specialize_on_alignment=["cu_seqlens_q_ptr", "cu_seqlens_k_ptr"],
+)
 def _flash_attn_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     stride_qs, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh, stride_os, stride_oh,
-    n_blocks, softmax_scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    n_blocks, heads_at_once, softmax_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    head, block, start_q, len_q, start_k, len_k = _place(cu_seqlens_q_ptr, cu_seqlens_k_ptr, n_blocks, HEADS, CAUSAL)
+    head, block, start_q, len_q, start_k, len_k = _place(cu_seqlens_q_ptr, cu_seqlens_k_ptr, n_blocks, heads_at_once)
     if block * BLOCK_M >= len_q:
         return
 
@@ -214,14 +216,18 @@ def _flash_attn_kernel(
     _store_rows(out_ptr, acc, running_sum, rows, dims, start_q, len_q, head, stride_os, stride_oh, HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["n_blocks"], do_not_specialize_on_alignment=["cu_seqlens_q_ptr", "cu_seqlens_k_ptr"])
+@triton.jit(
+    do_not_specialize=["n_blocks", "heads_at_once"],
+    do_not_specialize_on_alignment=["cu_seqlens_q_ptr", "cu_seqlens_k_ptr"],
+)
 def _flash_attn_tiles_kernel(
-    q_tiles, k_tiles, v_tiles, out_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, stride_os, stride_oh, n_blocks, softmax_scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    q_tiles, k_tiles, v_tiles, out_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, stride_os, stride_oh,
+    n_blocks, heads_at_once, softmax_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    head, block, start_q, len_q, start_k, len_k = _place(cu_seqlens_q_ptr, cu_seqlens_k_ptr, n_blocks, HEADS, CAUSAL)
+    head, block, start_q, len_q, start_k, len_k = _place(cu_seqlens_q_ptr, cu_seqlens_k_ptr, n_blocks, heads_at_once)
     if block * BLOCK_M >= len_q:
         return
 
@@ -313,6 +319,14 @@ def _configure(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> FlashConfig
     return config
 
 
+def _heads_at_once(q: torch.Tensor, k: torch.Tensor, segments: int) -> int:
+    """How many heads take turns block by block, so that the longest causal blocks of all of them start first: as many as have
+    room for their keys and values in the L2, where each block of a head finds them again."""
+    bytes_of_head = 2 * k.shape[0] // max(1, segments) * k.shape[2] * k.element_size()
+    room, kv_heads = max(1, L2_BYTES // max(1, bytes_of_head)), k.shape[1]
+    return max(n for n in range(1, kv_heads + 1) if n <= room and kv_heads % n == 0) * (q.shape[1] // kv_heads)
+
+
 def _describable(x: torch.Tensor) -> bool:
     """Whether the hardware can copy tiles of `x`: 16 bits, not empty, and steps of 16 bytes, or 8 elements, but in the last
     dimension."""
@@ -353,11 +367,12 @@ def _(
         return out
     config = _configure(q, k, v)
     n_blocks = cdiv(max_seqlen_q, config.block_m)
-    tiles = (cu_seqlens_q.shape[0] - 1) * n_blocks
-    grid = (tiles * heads,) if causal else (tiles, heads)
+    segments = cu_seqlens_q.shape[0] - 1
+    at_once = _heads_at_once(q, k, segments) if causal else 1
+    grid = (segments * n_blocks * at_once, heads // at_once)
     block_d = max(16, next_power_of_2(head_dim))
     options = dict(
-        HEADS=heads, GROUP=heads // k.shape[1], HEAD_DIM=head_dim, BLOCK_D=block_d,
+        GROUP=heads // k.shape[1], HEAD_DIM=head_dim, BLOCK_D=block_d,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, CAUSAL=causal,
         # The interpreter has no working bfloat16 arithmetic.
         UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
@@ -367,13 +382,13 @@ def _(
         if config.descriptors:
             _flash_attn_tiles_kernel[grid](
                 _tiles(q, config.block_m, block_d), _tiles(k, config.block_n, block_d), _tiles(v, config.block_n, block_d),
-                out, cu_seqlens_q, cu_seqlens_k, *out.stride()[:2], n_blocks, softmax_scale, **options,
+                out, cu_seqlens_q, cu_seqlens_k, *out.stride()[:2], n_blocks, at_once, softmax_scale, **options,
             )  # fmt: skip
         else:
             _flash_attn_kernel[grid](
                 q, k, v, out, cu_seqlens_q, cu_seqlens_k,
                 *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
-                n_blocks, softmax_scale, **options,
+                n_blocks, at_once, softmax_scale, **options,
             )  # fmt: skip
     return out
 
