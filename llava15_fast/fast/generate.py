@@ -20,16 +20,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, Qwen3Model
+from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, logits_process
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
 from ..model.modeling import LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model
 from ..model.releases import CACHE
 from . import limits, text
-from .guards import methods_guard, roots_guard
+from .guards import methods_guard, original, roots_guard, stands_for
 from .request import Request, as_request, current, opened
-from .runtime import FAST, FastModule, original, runtime_of, stands_for
+from .runtime import FastModule, runtime_of
 
 METHOD = "generate"
 
@@ -70,7 +70,7 @@ class FastForConditionalGeneration(FastModule, LlavaOnevision1_5ForConditionalGe
         if custom_generate is not None:
             runtime.record.fall_back(METHOD, "custom_generate is given")
             return run()
-        if _methods_guard(self) or _roots_guard(self):
+        if methods_guard(self) or roots_guard(self):
             return run()
         with opened(Request(self, is_generate=True)) as request:
             output = run()
@@ -96,7 +96,7 @@ class FastForConditionalGeneration(FastModule, LlavaOnevision1_5ForConditionalGe
         reason = "a streamer is given" if streamer is not None else None
         reason = reason or ("several processes generate together" if synced_gpus else None)
         if request is None or not request.is_generate:  # else they were looked at when it began
-            reason = reason or _methods_guard(self)
+            reason = reason or methods_guard(self)
         reason, runtime = reason or asked.guard(), runtime_of(self)
         if runtime is not None and reason is None:
             runtime.record.run(METHOD, runtime.backend_on(input_ids.device))
@@ -106,16 +106,6 @@ class FastForConditionalGeneration(FastModule, LlavaOnevision1_5ForConditionalGe
         sample = original(FastForConditionalGeneration, self, "_sample")
         settings = logits_processor, stopping_criteria, generation_config, synced_gpus, streamer
         return sample(self, input_ids, *settings, **model_kwargs)
-
-
-def _methods_guard(model: FastForConditionalGeneration) -> str | None:
-    return methods_guard(model, functools.partial(original, FastForConditionalGeneration, model))
-
-
-def _roots_guard(model: FastForConditionalGeneration) -> str | None:
-    chain = [(model, LlavaOnevision1_5ForConditionalGeneration), (model.model, LlavaOnevision1_5Model)]
-    chain.append((getattr(model.model, "language_model", None), Qwen3Model))
-    return roots_guard((module, cls, original(FAST[cls], module, "forward")) for module, cls in chain if module is not None)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container
 from functools import cached_property
 from pathlib import Path
 from types import FunctionType, MethodType
@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from llava15_kernels._dispatch import FLOAT_DTYPES
 
@@ -159,6 +160,33 @@ LOOP = {
     if isinstance(getattr(Head, name), FunctionType) and _is_theirs(getattr(Head, name))
 }
 """What a step of `generate` passes through: knowing all of it, a request knows what comes next."""
+
+FAST: dict[type[nn.Module], type[nn.Module]] = {}
+"""Class -> the class that a patched instance of it has."""
+
+
+def stands_for(base: type[nn.Module]) -> Callable[[type], type]:
+    """Declares the patched class of `base`. It goes by the same name, which `save_pretrained` writes into the configuration."""
+
+    def declare(cls: type) -> type:
+        cls.__name__ = base.__name__
+        # transformers records hidden states of classes that it knows by this; of others it gives None.
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), base._can_record_outputs)
+        FAST[base] = cls
+        return cls
+
+    return declare
+
+
+def original(patched: type, module: nn.Module, name: str) -> Callable[..., Any]:
+    """The method that `patched` stands in front of, as a function; `super()` that works too when the class is changed back
+    while a call runs."""
+    if torch.compiler.is_compiling():  # Dynamo follows `super` of an instance only
+        bound = getattr(super(patched, module), name)
+        return lambda _, *args, **kwargs: bound(*args, **kwargs)
+    cls = type(module)
+    return getattr(super(patched, cls) if issubclass(cls, patched) else cls, name)
+
 
 FORWARDS = {cls: cls.forward for cls in (Head, modeling.LlavaOnevision1_5Model, qwen3.Qwen3Model)}
 
@@ -526,18 +554,20 @@ def cache_guard(cache: Any, n_layers: int, layer_classes: Container[type]) -> st
     return None
 
 
-def methods_guard(model: nn.Module, method: Callable[[str], Any]) -> str | None:
-    """A method of `generate` that is not transformers' or ours; `method` gives that of the model's class without the patch."""
+def methods_guard(model: nn.Module) -> str | None:
+    """A method of `generate` that is not transformers' or ours, below the patch."""
     for name, seen in LOOP.items():
-        if method(name) is not seen or name in vars(model):
+        if original(FAST[Head], model, name) is not seen or name in vars(model):
             return f"{name} was replaced"
     return None
 
 
-def roots_guard(roots: Iterable[tuple[nn.Module, type, Any]]) -> str | None:
-    """What a step of `generate` passes through on its way to the layers, and may change its mask: a module, its class, and
-    the forward of its class without the patch."""
-    for module, cls, forward in roots:
-        if has_hooks(module) or is_replaced(module) or forward is not FORWARDS[cls]:
+def roots_guard(model: nn.Module) -> str | None:
+    """What a step of `generate` passes through on its way to the layers, and may change its mask."""
+    roots = model, model.model, getattr(model.model, "language_model", None)
+    for module, (cls, forward) in zip(roots, FORWARDS.items(), strict=True):
+        if module is not None and (
+            has_hooks(module) or is_replaced(module) or original(FAST[cls], module, "forward") is not forward
+        ):
             return f"the {cls.__name__}'s forward is not its own, or someone listens to it"
     return None

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .guards import Facts, Table
+from .guards import Facts, Table, original
 from .kv_cache import Loan
 from .layout import Padding
-from .runtime import original, runtime_of
+from .runtime import runtime_of
 
 _current: ContextVar[Request | None] = ContextVar("llava15_request", default=None)
 

@@ -1,4 +1,4 @@
-"""What the patched modules of one model share, and how a patched class finds the original."""
+"""What the patched modules of one model share."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from llava15_kernels._dispatch import Backend, default_backend
 
@@ -73,33 +72,6 @@ def with_room(run: Callable[[], T]) -> T:
             raise
     logger.warning("out of memory: CUDA graphs were given up for it")
     return run()
-
-
-FAST: dict[type[nn.Module], type[nn.Module]] = {}
-"""Class -> the class that a patched instance of it has."""
-
-
-def stands_for(base: type[nn.Module]) -> Callable[[type], type]:
-    """Declares the patched class of `base`. It goes by the same name, which `save_pretrained` writes into the configuration."""
-
-    def declare(cls: type) -> type:
-        cls.__name__ = base.__name__
-        # transformers records hidden states of classes that it knows by this; of others it gives None.
-        dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), base._can_record_outputs)
-        FAST[base] = cls
-        return cls
-
-    return declare
-
-
-def original(patched: type, module: nn.Module, name: str) -> Callable[..., Any]:
-    """The method that `patched` stands in front of, as a function; `super()` that works too when the class is changed back
-    while a call runs."""
-    if torch.compiler.is_compiling():  # Dynamo follows `super` of an instance only
-        bound = getattr(super(patched, module), name)
-        return lambda _, *args, **kwargs: bound(*args, **kwargs)
-    cls = type(module)
-    return getattr(super(patched, cls) if issubclass(cls, patched) else cls, name)
 
 
 class FastModule:

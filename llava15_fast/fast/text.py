@@ -34,11 +34,11 @@ from llava15_kernels.qk_norm_rope import norm_and_rotate, rope_tables, write_row
 
 from ..model.modeling import send
 from ..model.releases import CACHE
-from .guards import FORWARDS, TEXT, Facts, call_guard, is_plain
+from .guards import FORWARDS, TEXT, Facts, call_guard, is_plain, original, stands_for
 from .kv_cache import Loan, Pair
 from .layout import Spans, TextLayout, decode_layout, decode_numbers, prompt_layout
 from .request import Request, current
-from .runtime import FastModule, Runtime, original, runtime_of, stands_for, with_room
+from .runtime import FastModule, Runtime, runtime_of, with_room
 
 METHOD = "language_model"
 

@@ -25,9 +25,9 @@ from llava15_kernels.vision_rope import apply_rope_tables, vision_rope_tables
 
 from ..model.modeling import LlavaOnevision1_5VisionModel, VisionLayout
 from . import limits
-from .guards import EMBED, ENCODE, MERGE, Facts, Table, call_guard
+from .guards import EMBED, ENCODE, MERGE, Facts, Table, call_guard, original, stands_for
 from .request import as_request, current
-from .runtime import FastModule, Runtime, original, runtime_of, stands_for, with_room
+from .runtime import FastModule, Runtime, runtime_of, with_room
 
 METHODS = {name: getattr(LlavaOnevision1_5VisionModel, name) for name in ("embed_patches", "encode", "merge_patches")}
 

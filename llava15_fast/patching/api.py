@@ -1,6 +1,6 @@
 """`patch`, `unpatch`, `patched`: the kernels go into the forward passes of one model instance, and out again.
 
-A patched module has another class: a subclass of its own at module level (`runtime.stands_for`), in which the original is
+A patched module has another class: a subclass of its own at module level (`guards.stands_for`), in which the original is
 `super()`. So weights, other models and classes stay as they are; a copy, a pickle or a replica computes with its own weights; a
 `forward` that lies on an instance wins; and changing the class back is the undo.
 """
@@ -18,7 +18,8 @@ from torch import nn
 from llava15_kernels._dispatch import Backend
 
 from ..fast import generate, text, vision  # noqa: F401  -- declare the patched classes
-from ..fast.runtime import FAST, RUNTIME, FastModule, Runtime, runtime_of
+from ..fast.guards import FAST
+from ..fast.runtime import RUNTIME, FastModule, Runtime, runtime_of
 from .report import PatchHandle
 from .targets import check_model, find_model, patched_modules
 

@@ -14,7 +14,7 @@ from llava15_kernels._dispatch import FLOAT_DTYPES, check_backend
 from llava15_kernels.flash_attn import MAX_HEAD_DIM
 
 from ..fast import guards
-from ..fast.runtime import FAST
+from ..fast.guards import FAST
 from ..model.modeling import LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model, LlavaOnevision1_5VisionModel
 from ..model.releases import CACHE
 

@@ -18,7 +18,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import llava15_fast
 from llava15_fast import PatchError
-from llava15_fast.fast.runtime import FAST, FastModule
+from llava15_fast.fast.guards import FAST
+from llava15_fast.fast.runtime import FastModule
 from llava15_fast.model.releases import CACHE
 from llava15_fast.patching import api, targets
 from llava15_fast.patching.targets import TARGETS, Target
