@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 
 from .guards import Facts, Table, original
 from .kv_cache import Loan
@@ -34,7 +35,7 @@ class Request:
         runtime: of the model whose modules it goes through.
         is_generate: whether it is a call of `generate`, whose loop is known.
         mask, padding: the attention mask that was read, and what it says.
-        reads_padding: whether what is said of padding counts, as in a loss, which predicts a prompt's first token from it.
+        reads_padding: whether what is said of padding counts, in a loss.
         cache, loan: that a `generate` is bound to by its first forward.
         starts: per prompt its first token that is no padding.
         most_tokens: new ones of a prompt that a step may have.
@@ -98,6 +99,16 @@ def opened(request: Request) -> Iterator[Request]:
         _current.reset(token)
 
 
+def _loss_reads_padding(labels: Any, mask: Any) -> bool:
+    """Whether a token that counts, one that is not -100, follows padding, which predicts it."""
+    if labels is None or mask is None:
+        return False
+    if mask.ndim != 2 or labels.shape[1] > mask.shape[1] or mask.is_meta or is_fake(mask):
+        return True
+    padding = mask[:, -labels.shape[1] :] == 0
+    return bool(((labels[:, 1:] != -100).to(mask.device) & padding[:, :-1]).any())
+
+
 @functools.cache
 def _parameters(patched: type) -> tuple[str, ...]:
     return tuple(inspect.signature(patched.forward).parameters)[1:]
@@ -112,5 +123,6 @@ def as_request(patched: type, module: Any, args: tuple, kwargs: dict[str, Any]) 
     cache = given.get("past_key_values") if given.get("cache") is None else given["cache"]
     if current(module, cache) is not None:
         return forward(module, *args, **kwargs)
-    with opened(Request(module, mask=given.get("attention_mask"), reads_padding=given.get("labels") is not None)):
+    mask = given.get("attention_mask")
+    with opened(Request(module, mask, reads_padding=_loss_reads_padding(given.get("labels"), mask))):
         return forward(module, *args, **kwargs)

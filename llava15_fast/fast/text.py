@@ -209,8 +209,8 @@ def _tokens(request: Request, call: TextCall, past: int) -> Spans | str:
     # `generate` says `use_cache`, and reads what follows the last token, be it padding.
     if call.use_cache is not None and any(end < total for end in tokens.ends):
         return "a prompt ends with padding"
-    if request.reads_padding and any(start > past for start in tokens.starts):
-        return "a loss reads the padding before a prompt"
+    if request.reads_padding and not tokens.is_full:
+        return "a loss reads the padding"
     return tokens
 
 
