@@ -67,13 +67,14 @@ def dense_attention(
     attention: LlavaOnevision1_5VisionAttention,
     hidden_states: torch.Tensor,
     layout: VisionLayout,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """What the published code computes for several images: every row with every row, behind a mask made anew in each layer."""
     rows = attention.qkv(hidden_states).view(-1, 3, attention.num_heads, attention.head_dim)
     query, key, value = rows.unbind(1)
-    query, key = apply_rope_tables(query, key, *position_embeddings)
+    query, key = apply_rope_tables(query, key, cos, sin)
     lengths = torch.tensor(layout.lengths)
     segment = torch.arange(len(lengths)).repeat_interleave(lengths)
     attended = torch.nn.functional.scaled_dot_product_attention(

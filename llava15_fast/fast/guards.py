@@ -75,7 +75,7 @@ EMBED_PARTS = (
     Part("patch_embed.proj", nn.Conv2d, "input"),
     _layer_norm("pre_layernorm"),
 )
-_BLOCK_ATTENTION = "hidden_states layout position_embeddings kwargs"
+_BLOCK_ATTENTION = "hidden_states layout cos sin kwargs"
 ENCODE_PARTS = (
     Part("rotary_pos_emb", modeling.LlavaOnevision1_5VisionRotaryEmbedding, "position_ids class_pos_emb"),
     Part("blocks.*", modeling.LlavaOnevision1_5VisionBlock, "hidden_states args kwargs"),

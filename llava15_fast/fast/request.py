@@ -35,16 +35,16 @@ class Request:
         runtime: of the model whose modules it goes through.
         is_generate: whether it is a call of `generate`, whose loop is known.
         mask, padding: the attention mask that was read, and what it says.
-        reads_padding: whether what is said of padding counts, in a loss.
+        reads_padding: whether what is said of padding counts: in a loss, or as logits of what predicts a prompt's first token.
         cache, loan: that a `generate` is bound to by its first forward.
         starts: per prompt its first token that is no padding.
         most_tokens: new ones of a prompt that a step may have.
         begun, loop_began: whether the text model, and the decoding loop, have run.
     """
 
-    def __init__(self, module: nn.Module, mask: Any = None, is_generate: bool = False, reads_padding: bool = False) -> None:
+    def __init__(self, module: nn.Module, mask: Any = None, is_generate: bool = False) -> None:
         self.runtime = runtime_of(module)
-        self.is_generate, self.reads_padding = is_generate, reads_padding
+        self.is_generate, self.reads_padding = is_generate, False
         self.cache: Any = None
         self.loan: Loan | None = None
         self.starts: list[int] = []
@@ -109,6 +109,17 @@ def _loss_reads_padding(labels: Any, mask: Any) -> bool:
     return bool(((labels[:, 1:] != -100).to(mask.device) & padding[:, :-1]).any())
 
 
+def _keeps_padding(given: dict[str, Any], padding: Padding | str | None) -> bool:
+    """Whether logits are kept of a place before a prompt."""
+    tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    kept = given.get("logits_to_keep", 0)
+    if not isinstance(padding, Padding) or tokens is None or (isinstance(kept, torch.Tensor) and not kept.numel()):
+        return False
+    length = tokens.shape[1]
+    first = int(kept.min()) % length if isinstance(kept, torch.Tensor) else max(0, length - kept) if kept else 0
+    return any(start > padding.length - length + first for start, _ in padding.spans)
+
+
 @functools.cache
 def _parameters(patched: type) -> tuple[str, ...]:
     return tuple(inspect.signature(patched.forward).parameters)[1:]
@@ -123,6 +134,8 @@ def as_request(patched: type, module: Any, args: tuple, kwargs: dict[str, Any]) 
     cache = given.get("past_key_values") if given.get("cache") is None else given["cache"]
     if current(module, cache) is not None:
         return forward(module, *args, **kwargs)
-    mask = given.get("attention_mask")
-    with opened(Request(module, mask, reads_padding=_loss_reads_padding(given.get("labels"), mask))):
+    request = Request(module, given.get("attention_mask"))
+    if "labels" in _parameters(patched):
+        request.reads_padding = _loss_reads_padding(given.get("labels"), request.mask) or _keeps_padding(given, request.padding)
+    with opened(request):
         return forward(module, *args, **kwargs)

@@ -210,7 +210,7 @@ def _tokens(request: Request, call: TextCall, past: int) -> Spans | str:
     if call.use_cache is not None and any(end < total for end in tokens.ends):
         return "a prompt ends with padding"
     if request.reads_padding and not tokens.is_full:
-        return "a loss reads the padding"
+        return "logits of the padding are read"
     return tokens
 
 

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel, Qwen3Model
+from torch._subclasses.fake_tensor import is_fake
+from transformers import GenerationMixin, PreTrainedModel, Qwen3ForCausalLM, Qwen3Model
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -142,11 +143,11 @@ class LlavaOnevision1_5VisionAttention(Qwen2_5_VLVisionAttention):
         self.attention_dropout = config.attention_dropout
 
     def forward(
-        self, hidden_states: Tensor, layout: VisionLayout, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
+        self, hidden_states: Tensor, layout: VisionLayout, cos: Tensor, sin: Tensor, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """(S, hidden) -> (S, hidden), and the attention weights where the implementation returns them."""
         query, key, value = self.qkv(hidden_states).view(-1, 3, self.num_heads, self.head_dim).unbind(1)
-        query, key = apply_rope_tables(query, key, *position_embeddings)
+        query, key = apply_rope_tables(query, key, cos, sin)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
@@ -314,9 +315,10 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
 
     def encode(self, hidden_states: Tensor, layout: VisionLayout, **kwargs: Any) -> Tensor:
         """(S, hidden) -> (S, hidden), through the blocks."""
-        position_embeddings = self.rotary_pos_emb(layout.position_ids, self.class_pos_emb)
+        # Not as a tuple: checkpointing a block sees the tensors among its arguments, not inside of them.
+        cos, sin = self.rotary_pos_emb(layout.position_ids, self.class_pos_emb)
         for block in self.blocks:
-            hidden_states = block(hidden_states, layout, position_embeddings, **kwargs)
+            hidden_states = block(hidden_states, layout, cos, sin, **kwargs)
         return hidden_states
 
     def merge_patches(self, hidden_states: Tensor, layout: VisionLayout) -> tuple[Tensor, Tensor]:
@@ -353,7 +355,10 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         self.language_model = Qwen3Model._from_config(config.text_config)
         self.post_init()
 
-    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: Tensor, image_grid_thw: Tensor, **kwargs: Any
+    ) -> tuple | BaseModelOutputWithPooling:
         """The vision tower's output with `pooler_output` split: one (t*h*w/4, text width) tensor per image."""
         pixel_values = pixel_values.to(self.visual.dtype)
         # Before the tower is launched: behind it the host would wait for it.
@@ -384,6 +389,19 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
             found = f"{count} {kind} placeholder tokens (id {getattr(self.config, f'{kind}_token_id')}) in the prompt"
             raise ValueError(f"{found}, but the {kind} inputs give {features} features: they must be equal")
 
+    def check_pixels(self, input_ids: Tensor, cache: Cache | None, **pixels: Tensor | None) -> None:
+        """Raises ValueError where a prompt has placeholders of a kind ("image", "video") of which there are no pixels. Behind a
+        cache they may be the model's own tokens."""
+        unknown = torch.compiler.is_compiling() or torch.jit.is_tracing() or input_ids.is_meta or is_fake(input_ids)
+        if unknown or (cache is not None and cache.get_seq_length()):
+            return
+        token_ids = {kind: getattr(self.config, f"{kind}_token_id") for kind, given in pixels.items() if given is None}
+        counts = [(input_ids == token_id).sum() for token_id in token_ids.values()]
+        for (kind, token_id), count in zip(token_ids.items(), torch.stack(counts).tolist() if counts else (), strict=True):
+            if count:
+                found = f"{count} {kind} placeholder tokens (id {token_id}) in the prompt"
+                raise ValueError(f"{found}, but no {kind} pixels were passed")
+
     @can_return_tuple
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
@@ -403,12 +421,15 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
             cache: `past_key_values` by its newer name (`releases.py`).
 
         Raises:
-            ValueError: placeholders and features, or grids and pixels, do not match.
+            ValueError: placeholders and features, or grids and pixels, do not match; or a prompt, which is what nothing is
+                cached before, has placeholders without pixels.
         """
+        cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             check_device("input_ids", input_ids, self.get_input_embeddings())
+            self.check_pixels(input_ids, cache, image=pixel_values, video=pixel_values_videos)
             inputs_embeds = self.get_input_embeddings()(input_ids)
         pictures = []
         given = (("image", pixel_values, image_grid_thw), ("video", pixel_values_videos, video_grid_thw))
@@ -420,11 +441,11 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
                 self.check_placeholders(kind, mask, pixels, grid_thw)
                 pictures.append((mask, pixels, grid_thw))
         for mask, pixels, grid_thw in pictures:
-            features = torch.cat(self.get_image_features(pixels, grid_thw).pooler_output)
+            features = torch.cat(self.get_image_features(pixels, grid_thw, return_dict=True).pooler_output)
             features = features.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(mask.to(inputs_embeds.device)[..., None], features)
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        kwargs[CACHE] = past_key_values if cache is None else cache
+        kwargs[CACHE] = cache
         return self.language_model(**inputs, use_cache=use_cache, **kwargs)
 
 
@@ -432,6 +453,7 @@ class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel
     """The model with its language head; what `generate` is called on."""
 
     published_prefix = "model."
+    _tp_plan = Qwen3ForCausalLM._tp_plan
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: LlavaOnevision1_5Config) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import transformers.processing_utils  # replaces sys.modules["transformers"]; must come before names are set
 from transformers import CONFIG_MAPPING
+from transformers.models.auto import modeling_auto
 
 from .checkpoint import register_tensor_names
 from .configuration import (
@@ -77,6 +78,10 @@ def register() -> None:
     transformers.AutoModel.register(LlavaOnevision1_5VisionConfig, LlavaOnevision1_5VisionModel, exist_ok=True)
     for auto_class in (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM):
         auto_class.register(LlavaOnevision1_5Config, LlavaOnevision1_5ForConditionalGeneration, exist_ok=True)
+    # `transformers serve` and others ask by name what kind of model it is.
+    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.setdefault(
+        LlavaOnevision1_5Config.model_type, LlavaOnevision1_5ForConditionalGeneration.__name__
+    )
     transformers.AutoProcessor.register(LlavaOnevision1_5Config, LlavaOnevision1_5Processor, exist_ok=True)
     _install_processor_lookup()
     for exported in EXPORTED:

@@ -269,12 +269,12 @@ def test_scale_defaults_to_the_head_dim(device):
 
 
 @over(TRITON_ROUTES)
-@pytest.mark.parametrize("heads,kv_heads", [(8, 4), (6, 6), (5, 1)])
+@pytest.mark.parametrize("heads,kv_heads", [(8, 4), (3, 3)])
 def test_the_order_of_the_blocks_changes_no_bit(device, heads, kv_heads, dtype, path, monkeypatch):
-    arguments = inputs([70, 33], None, heads, kv_heads, 16, dtype, device)
+    arguments = inputs([35, 20], None, heads, kv_heads, 16, dtype, device)
     found = {}
-    for room in (1, 2, 3, heads):  # KV heads that the L2 has room for
-        monkeypatch.setattr(flash_attn, "L2_BYTES", room * 2 * 51 * 16 * arguments[0].element_size())
+    for room in (1, 2, heads):  # KV heads that the L2 has room for
+        monkeypatch.setattr(flash_attn, "L2_BYTES", room * 2 * 27 * 16 * arguments[0].element_size())
         found[room] = attend(path, *arguments, causal=True)
     assert all(torch.equal(ours, found[1]) for ours in found.values())
     check(arguments, True, path)

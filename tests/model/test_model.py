@@ -18,6 +18,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.models.auto import modeling_auto
 
 import llava15_fast
 from llava15_fast import LlavaOnevision1_5Config, LlavaOnevision1_5ForConditionalGeneration
@@ -163,6 +164,59 @@ def live_name(published):
     if published.startswith("visual"):
         return f"model.{published}"
     return published.replace("model.", "model.language_model.", 1)
+
+
+@pytest.mark.parametrize("mode", [None, "torch"])
+@pytest.mark.parametrize("case,kind", [("one_image", "image"), ("video", "video")])
+def test_placeholders_without_pixels_are_an_error(tiny, golden, mode, case, kind):
+    """In a prompt; behind a cache they are tokens like any other, for the model may have chosen them."""
+    if mode is not None:
+        llava15_fast.patch(tiny, mode)
+    inputs = {name: golden[case][0][name] for name in ("input_ids", "attention_mask")}
+    message = rf"\d+ {kind} placeholder tokens .* in the prompt, but no {kind} pixels were passed"
+    for call in (tiny, tiny.model, lambda **inputs: tiny.generate(**inputs, max_new_tokens=2, pad_token_id=0)):
+        with pytest.raises(ValueError, match=message):
+            call(**inputs)
+    prompt = torch.arange(5, 15, device=tiny.device)[None]
+    placeholder = torch.full_like(prompt[:, :1], getattr(tiny.config, f"{kind}_token_id"))
+    with torch.no_grad():
+        output = tiny(input_ids=prompt, use_cache=True)
+        tiny(input_ids=placeholder, **{CACHE: getattr(output, CACHE)})
+
+
+def test_features_as_a_tuple(tiny, golden):
+    inputs, _, _ = golden["two_images"]
+    grids = inputs["pixel_values"], inputs["image_grid_thw"]
+    for model in (tiny, tiny.model):
+        expected = model.get_image_features(*grids)
+        patches, features = model.get_image_features(*grids, return_dict=False)
+        assert torch.equal(patches, expected.last_hidden_state)
+        assert all(map(torch.equal, features, expected.pooler_output))
+    tiny.config.return_dict = tiny.model.config.return_dict = False
+    assert isinstance(tiny(**inputs), tuple)
+
+
+def test_what_other_libraries_look_up():
+    name = LlavaOnevision1_5ForConditionalGeneration.__name__
+    assert modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["llavaonevision1_5"] == name
+    assert LlavaOnevision1_5ForConditionalGeneration._tp_plan == Qwen3ForCausalLM._tp_plan  # or a tied head is wrong
+    list(AutoModelForImageTextToText._model_mapping.values())
+
+
+@pytest.mark.parametrize("mode", [None, "torch"])
+def test_reentrant_checkpointing_gives_the_same_gradients(tiny, golden, mode):
+    inputs, _, _ = golden["two_images"]
+    tiny.train()
+    tiny(**inputs, use_cache=False).loss.backward()
+    plain = {name: parameter.grad.clone() for name, parameter in tiny.named_parameters()}
+    tiny.zero_grad()
+    tiny.gradient_checkpointing_enable({"use_reentrant": True})
+    tiny.enable_input_require_grads()
+    if mode is not None:
+        llava15_fast.patch(tiny, mode)
+    tiny(**inputs, use_cache=False).loss.backward()
+    for name, parameter in tiny.named_parameters():
+        torch.testing.assert_close(parameter.grad, plain[name], msg=name)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(tiny, golden):

@@ -632,6 +632,21 @@ def test_a_fallback_of_a_kernel_is_logged_once(caplog, device):
     assert len(caplog.records) == 1 and "gradient" in caplog.text
 
 
+@pytest.mark.parametrize("kept,fast", [({}, False), ({"logits_to_keep": 1}, True), ({"logits_to_keep": 5}, False)])
+def test_logits_beside_padding_are_eagers(tiny, golden, kept, fast):
+    """Of what stands before a prompt, too, whoever makes a loss of them; a prompt whose last ones are kept stays fast."""
+    inputs = {name: value for name, value in golden["batch_left_pad"][0].items() if name != "labels"}
+    pads = (inputs["attention_mask"] == 0).sum(-1).max()
+    if kept.get("logits_to_keep", 0) > 1:
+        kept = {"logits_to_keep": torch.tensor([int(pads) - 1, -1], device=tiny.device)}
+    with torch.no_grad():
+        expected = tiny(**inputs, **kept).logits
+        handle = llava15_fast.patch(tiny, "torch")
+        torch.testing.assert_close(tiny(**inputs, **kept).logits, expected, rtol=0, atol=1e-4)
+    row = next(row for row in handle.report().rows if row.path == "language_model")
+    assert [*row.fallbacks] == ([] if fast else ["logits of the padding are read"])
+
+
 @pytest.mark.parametrize("side,masked,fast", [("left", True, False), ("right", True, True), ("right", False, False)])
 def test_a_loss_beside_padding_is_eagers(tiny, side, masked, fast):
     """What is said of the padding before a prompt predicts its first token, as transformers shifts labels."""
@@ -647,6 +662,6 @@ def test_a_loss_beside_padding_is_eagers(tiny, side, masked, fast):
         torch.testing.assert_close(tiny(**inputs).loss, expected, rtol=1e-5, atol=0)
         row = next(row for row in handle.report().rows if row.path == "language_model")
         assert bool(row.ran) == fast
-        assert [*row.fallbacks] == ([] if fast else ["a loss reads the padding"])
+        assert [*row.fallbacks] == ([] if fast else ["logits of the padding are read"])
         tiny(**{**inputs, "labels": None})
         assert next(row for row in handle.report().rows if row.path == "language_model").ran
