@@ -461,16 +461,10 @@ def flash_attn_varlen_func(
         ValueError: shapes that do not fit, head_dim above 256, a scale that is not positive, or tensors on different devices.
         TypeError: an unsupported dtype.
     """
-    for name, value, default in (
-        ("dropout_p", dropout_p, 0.0),
-        ("window_size", window_size and tuple(window_size), (-1, -1)),
-        ("softcap", softcap, 0.0),
-        ("alibi_slopes", alibi_slopes, None),
-        ("return_attn_probs", return_attn_probs, False),
-        ("block_table", block_table, None),
-    ):
-        if value is not default and value != default:
-            raise NotImplementedError(f"flash_attn_varlen_func: {name}={value!r} is not supported, expected {default!r}")
+    refuse_options(
+        "flash_attn_varlen_func", dropout_p=dropout_p, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
+        return_attn_probs=return_attn_probs, block_table=block_table,
+    )  # fmt: skip
     _check_shapes(q, k, v, cu_seqlens_q, cu_seqlens_k)
     check_bounds("flash_attn_varlen_func", "cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
     if cu_seqlens_k is not cu_seqlens_q or k.shape[0] != q.shape[0] or max_seqlen_k != max_seqlen_q:
@@ -482,6 +476,20 @@ def flash_attn_varlen_func(
         attend = torch.ops.llava15.flash_attn_varlen_sdpa if opaque else flash_attn_varlen_sdpa
         return attend(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
     return torch.ops.llava15.flash_attn_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, softmax_scale, causal)
+
+
+def refuse_options(op: str, **options: object) -> None:
+    """Raises NotImplementedError for an option that is on, however it is said."""
+
+    def is_off(value: object) -> bool:
+        if isinstance(value, (tuple, list)):  # a window of no width
+            return all(side is None or (isinstance(side, int) and side == -1) for side in value)
+        return value is None or (isinstance(value, (bool, int, float)) and value == 0)
+
+    for name, value in options.items():
+        if not is_off(value):
+            given = f"a {type(value).__name__}" if isinstance(value, torch.Tensor) else repr(value)
+            raise NotImplementedError(f"{op}: {name} is not supported, but is {given}")
 
 
 def scale_of(op: str, softmax_scale: float | None, q: torch.Tensor) -> float:
@@ -559,9 +567,10 @@ def flash_attn_varlen_sdpa(
         if len_k == 0:
             outputs.append(torch.zeros_like(queries).flatten(0, 1))
             continue
-        # torch aligns its causal mask to the first query and key, flash-attn to the last.
-        mask = None
-        if causal and len_q != len_k:
+        # torch aligns its causal mask to the first query and key, flash-attn to the last: the first queries may see no key.
+        blind, mask = max(0, len_q - len_k) if causal else 0, None
+        queries = queries[:, blind:]
+        if causal and len_q < len_k:
             mask = torch.ones(len_q, len_k, dtype=torch.bool, device=q.device).tril(len_k - len_q)
         output = torch.nn.functional.scaled_dot_product_attention(
             *(x.transpose(1, 2) for x in (queries, keys, values)),
@@ -570,9 +579,7 @@ def flash_attn_varlen_sdpa(
             scale=softmax_scale,
             enable_gqa=group > 1,
         ).transpose(1, 2)
-        if causal and len_q > len_k:
-            output[:, : len_q - len_k] = 0.0
-        outputs.append(output.flatten(0, 1))
+        outputs.append(torch.nn.functional.pad(output, (0, 0, 0, 0, blind, 0)).flatten(0, 1))
     if len(outputs) == 1:
         return outputs[0].contiguous()
     return torch.cat(outputs) if outputs else torch.empty(q.shape, dtype=q.dtype, device=q.device)

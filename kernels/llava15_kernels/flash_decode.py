@@ -37,7 +37,7 @@ from ._dispatch import (
     next_power_of_2,
 )
 from .cost import Cost, declares_cost, nbytes
-from .flash_attn import MAX_HEAD_DIM, _attend, scale_of
+from .flash_attn import MAX_HEAD_DIM, _attend, refuse_options, scale_of
 from .tuned import tuned
 
 
@@ -303,20 +303,11 @@ def flash_attn_with_kvcache(
         ValueError: shapes that do not fit, or tensors on different devices.
         TypeError: an unsupported dtype.
     """
-    for name, value, default in (
-        ("k", k, None),
-        ("v", v, None),
-        ("rotary_cos", rotary_cos, None),
-        ("rotary_sin", rotary_sin, None),
-        ("cache_batch_idx", cache_batch_idx, None),
-        ("block_table", block_table, None),
-        ("window_size", window_size and tuple(window_size), (-1, -1)),
-        ("softcap", softcap, 0.0),
-        ("alibi_slopes", alibi_slopes, None),
-        ("return_softmax_lse", return_softmax_lse, False),
-    ):
-        if value is not default and (isinstance(value, torch.Tensor) or value != default):
-            raise NotImplementedError(f"flash_attn_with_kvcache: {name} is not supported, expected {default!r}")
+    refuse_options(
+        "flash_attn_with_kvcache", k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_batch_idx=cache_batch_idx,
+        block_table=block_table, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
+        return_softmax_lse=return_softmax_lse,
+    )  # fmt: skip
     batch, capacity = _check(q, k_cache, v_cache)
     if num_splits < 0:
         raise ValueError(f"flash_attn_with_kvcache: num_splits {num_splits}, expected 0 (chosen here) or more")

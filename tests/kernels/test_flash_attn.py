@@ -288,11 +288,35 @@ def test_large_scores_do_not_overflow(device, dtype, path):
 
 @pytest.mark.parametrize(
     "option,value",
-    [("dropout_p", 0.1), ("window_size", (4, 0)), ("softcap", 1.0), ("return_attn_probs", True)],
-)
+    [
+        ("dropout_p", 0.1), ("window_size", (4, 0)), ("window_size", torch.tensor([-1, -1])), ("softcap", 1.0),
+        ("return_attn_probs", True), ("alibi_slopes", torch.zeros(1)),
+    ],
+)  # fmt: skip
 def test_unsupported_options_are_named(device, option, value):
-    with pytest.raises(NotImplementedError, match=option):
+    with pytest.raises(NotImplementedError, match=f"{option} is not supported"):
         flash_attn_varlen_func(*inputs([4], None, 1, 1, 16, torch.float32, device), **{option: value})
+
+
+def test_options_that_are_off(device):
+    arguments = inputs([4], None, 1, 1, 16, torch.float32, device)
+    expected = flash_attn_varlen_func(*arguments)
+    for off in ({"dropout_p": 0}, {"softcap": None}, {"return_attn_probs": 0}) + tuple(
+        {"window_size": window} for window in ((-1, -1), [-1, -1], (None, None), None)
+    ):
+        assert torch.equal(flash_attn_varlen_func(*arguments, **off), expected)
+
+
+@pytest.mark.parametrize("lengths_q,lengths_k", [([20, 9], [12, 3]), ([7, 9], [0, 12]), ([5], [5])])
+def test_gradients_where_queries_see_no_key(device, lengths_q, lengths_k):
+    q, k, v, *rest = inputs(lengths_q, lengths_k, 2, 1, 16, torch.float32, device)
+    gradients = []
+    for attend, given, dtype in ((flash_attn_varlen_func, rest, q.dtype), (flash_attn_varlen_ref, rest[:2], torch.float64)):
+        tensors = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
+        attend(*tensors, *given, causal=True).square().sum().backward()
+        gradients.append([x.grad for x in tensors])
+    for ours, exact in zip(*gradients, strict=True):
+        assert ours.isfinite().all() and (ours - exact.nan_to_num(0.0)).abs().max() < 1e-4
 
 
 def test_flash_attn_errors(device):
