@@ -518,6 +518,8 @@ def attention_guard(name: str | None, masked: bool) -> str | None:
 def call_guard(module: nn.Module, x: torch.Tensor, weight: torch.Tensor, options: dict[str, Any], *others: Any) -> str | None:
     """Why the original has to run on `x`, as far as this call says: the dtype of all weights, that of `weight`, its keyword
     arguments, and tensors that a gradient might flow through besides."""
+    if x.is_meta:
+        return "the tensors are on the meta device"
     if torch.is_grad_enabled():
         tensors = (x, *others, *module.parameters())
         # Replicas of DataParallel have no parameters: their weights are tensors that lead back to some.

@@ -116,7 +116,7 @@ def _keeps_padding(given: dict[str, Any], padding: Padding | str | None) -> bool
     if not isinstance(padding, Padding) or tokens is None or (isinstance(kept, torch.Tensor) and not kept.numel()):
         return False
     length = tokens.shape[1]
-    first = int(kept.min()) % length if isinstance(kept, torch.Tensor) else max(0, length - kept) if kept else 0
+    first = int((kept % length).min()) if isinstance(kept, torch.Tensor) else max(0, length - kept) if kept else 0
     return any(start > padding.length - length + first for start, _ in padding.spans)
 
 

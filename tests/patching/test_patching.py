@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import llava15_fast
@@ -632,6 +633,19 @@ def test_a_fallback_of_a_kernel_is_logged_once(caplog, device):
     assert len(caplog.records) == 1 and "gradient" in caplog.text
 
 
+def test_meta_and_fake_tensors(tiny):
+    """For the shapes of what comes out: as unpatched."""
+    ids = torch.arange(5, 15, device=tiny.device)[None]
+    llava15_fast.patch(tiny, "torch")
+    meta = copy.deepcopy(tiny).to("meta")
+    with torch.no_grad():
+        shape = tiny(input_ids=ids).logits.shape
+        assert meta(input_ids=ids.to("meta")).logits.shape == shape
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = mode.from_tensor(ids)
+            assert tiny(input_ids=fake, attention_mask=torch.ones_like(fake)).logits.shape == shape
+
+
 @pytest.mark.parametrize("kept,fast", [({}, False), ({"logits_to_keep": 1}, True), ({"logits_to_keep": 5}, False)])
 def test_logits_beside_padding_are_eagers(tiny, golden, kept, fast):
     """Of what stands before a prompt, too, whoever makes a loss of them; a prompt whose last ones are kept stays fast."""
@@ -663,5 +677,5 @@ def test_a_loss_beside_padding_is_eagers(tiny, side, masked, fast):
         row = next(row for row in handle.report().rows if row.path == "language_model")
         assert bool(row.ran) == fast
         assert [*row.fallbacks] == ([] if fast else ["logits of the padding are read"])
-        tiny(**{**inputs, "labels": None})
+        tiny(**{**inputs, "labels": None}, logits_to_keep=1)
         assert next(row for row in handle.report().rows if row.path == "language_model").ran
