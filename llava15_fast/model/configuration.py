@@ -14,6 +14,9 @@ from typing import Any
 from transformers import PreTrainedConfig, Qwen3Config
 from transformers.activations import ACT2FN
 
+OWN_NAME = "Llava15Fast"
+"""What the names of classes begin with of which transformers brings its own; a saved configuration names the published ones."""
+
 MAX_LAYERS = 1000
 """More are no model but a way to keep a machine busy."""
 
@@ -139,6 +142,12 @@ class LlavaOnevision1_5Config(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if (found := self.vision_config.text_hidden_size) != width:
             raise ValueError(f"vision text_hidden_size {found} must equal the text hidden_size {width}")
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        if names := output.get("architectures"):
+            output["architectures"] = [name.removeprefix(OWN_NAME) for name in names]
+        return output
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -17,6 +17,7 @@ from transformers.models.auto import modeling_auto
 
 from .checkpoint import register_tensor_names
 from .configuration import (
+    OWN_NAME,
     LlavaOnevision1_5Config,
     LlavaOnevision1_5TextConfig,
     LlavaOnevision1_5UpstreamConfig,
@@ -46,7 +47,6 @@ def _is_this_model(name_or_path: Any, kwargs: dict[str, Any]) -> bool:
     except (OSError, ValueError):
         return False  # no configuration to go by; transformers says what is wrong
     model_type = config.get("model_type")
-    # A transformers that brings the upstream type itself brings a processor for it too.
     return model_type in CONFIG_MAPPING and issubclass(CONFIG_MAPPING[model_type], LlavaOnevision1_5Config)
 
 
@@ -70,19 +70,16 @@ def _install_processor_lookup() -> None:
 
 def register() -> None:
     """Idempotent."""
-    for config_class in EXPORTED[:3]:
+    for config_class in (*EXPORTED[:3], LlavaOnevision1_5UpstreamConfig):
         transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    if LlavaOnevision1_5UpstreamConfig.model_type not in CONFIG_MAPPING:  # a transformers that brings it reads it itself
-        transformers.AutoConfig.register(LlavaOnevision1_5UpstreamConfig.model_type, LlavaOnevision1_5UpstreamConfig)
-    transformers.AutoModel.register(LlavaOnevision1_5Config, LlavaOnevision1_5Model, exist_ok=True)
     transformers.AutoModel.register(LlavaOnevision1_5VisionConfig, LlavaOnevision1_5VisionModel, exist_ok=True)
-    for auto_class in (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM):
-        auto_class.register(LlavaOnevision1_5Config, LlavaOnevision1_5ForConditionalGeneration, exist_ok=True)
-    # `transformers serve` and others ask by name what kind of model it is.
-    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.setdefault(
-        LlavaOnevision1_5Config.model_type, LlavaOnevision1_5ForConditionalGeneration.__name__
-    )
-    transformers.AutoProcessor.register(LlavaOnevision1_5Config, LlavaOnevision1_5Processor, exist_ok=True)
+    head = LlavaOnevision1_5ForConditionalGeneration
+    for config_class in (LlavaOnevision1_5Config, LlavaOnevision1_5UpstreamConfig):
+        # Not by `register`, which wants the class that the model itself names.
+        transformers.AutoModel._model_mapping.register(config_class, LlavaOnevision1_5Model, exist_ok=True)
+        for auto_class in (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM):
+            auto_class._model_mapping.register(config_class, head, exist_ok=True)
+        transformers.AutoProcessor.register(config_class, LlavaOnevision1_5Processor, exist_ok=True)
     _install_processor_lookup()
     for exported in EXPORTED:
         if getattr(sys.modules["transformers"], exported.__name__, exported) is exported:
@@ -90,6 +87,8 @@ def register() -> None:
         else:
             logger.warning("transformers brings its own %s; it is left in place", exported.__name__)
             # transformers looks up the names of tensors by the class's name: theirs and ours must not share it.
-            exported.__name__ = f"Llava15Fast{exported.__name__}"
+            exported.__name__ = OWN_NAME + exported.__name__
     for model_class in (LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model):
         register_tensor_names(model_class)
+    # `transformers serve` and others ask by name what kind of model it is.
+    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[LlavaOnevision1_5Config.model_type] = head.__name__

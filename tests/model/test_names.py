@@ -56,3 +56,62 @@ assert not torch.cuda.is_initialized()
 assert seconds < 0.5, seconds
 """
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
+
+
+PORT = """
+import json, sys, torch, transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, Qwen3Config
+
+class LlavaOnevision1_5Config(Qwen3Config):
+    model_type = "llava_onevision1_5"
+
+class LlavaOnevision1_5Model(transformers.Qwen3Model):
+    config_class = LlavaOnevision1_5Config
+
+class LlavaOnevision1_5ForConditionalGeneration(transformers.Qwen3ForCausalLM):
+    config_class = LlavaOnevision1_5Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = LlavaOnevision1_5Model(config)
+
+theirs = (LlavaOnevision1_5Config, LlavaOnevision1_5Model, LlavaOnevision1_5ForConditionalGeneration)
+for cls in theirs:
+    setattr(transformers, cls.__name__, cls)
+AutoConfig.register("llava_onevision1_5", LlavaOnevision1_5Config)
+AutoModel.register(LlavaOnevision1_5Config, LlavaOnevision1_5Model)
+for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
+    auto.register(LlavaOnevision1_5Config, LlavaOnevision1_5ForConditionalGeneration)
+
+import llava15_fast
+
+assert all(getattr(transformers, cls.__name__) is cls for cls in theirs)
+tiny, folder = sys.argv[1:]
+config = json.load(open(f"{tiny}/config.json"))
+for spelling in ("llavaonevision1_5", "llava_onevision1_5"):
+    found = AutoConfig.for_model(spelling, **{k: v for k, v in config.items() if k != "model_type"})
+    assert isinstance(found, llava15_fast.LlavaOnevision1_5Config), spelling
+    with torch.device("meta"):
+        for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
+            assert type(auto.from_config(found)) is llava15_fast.LlavaOnevision1_5ForConditionalGeneration
+        assert type(AutoModel.from_config(found)) is llava15_fast.LlavaOnevision1_5Model
+model = AutoModelForImageTextToText.from_pretrained(tiny)
+llava15_fast.patch(model, "torch")
+model.save_pretrained(folder)
+assert json.load(open(f"{folder}/config.json"))["architectures"] == ["LlavaOnevision1_5ForConditionalGeneration"]
+again = AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+try:
+    llava15_fast.patch(LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5Config(**dict.fromkeys(sizes, 2))))
+except TypeError as error:
+    assert "load the model with llava15_fast.LlavaOnevision1_5ForConditionalGeneration" in str(error)
+else:
+    raise AssertionError("theirs was patched")
+"""
+
+
+def test_the_day_transformers_brings_a_class_of_its_own(tmp_path):
+    """Ours for both spellings of the type, from the Auto classes; theirs under its name."""
+    tiny = Path(__file__).parents[1] / "golden/tiny_hub"
+    subprocess.run([sys.executable, "-c", PORT, tiny, tmp_path], check=True, env=environment())
