@@ -94,6 +94,8 @@ SYMBOLS = (
     "transformers.ProcessorMixin",
     "transformers.Qwen3Config",
     "transformers.Qwen3Model",
+    "transformers.Qwen3ForCausalLM",
+    "transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
     "transformers.utils.can_return_tuple",
     "transformers.utils.output_capturing._CAN_RECORD_REGISTRY",
     "transformers.utils.output_capturing.capture_outputs",

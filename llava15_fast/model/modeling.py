@@ -429,7 +429,8 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             check_device("input_ids", input_ids, self.get_input_embeddings())
-            self.check_pixels(input_ids, cache, image=pixel_values, video=pixel_values_videos)
+            if cache is None:  # `generate` has looked
+                self.check_pixels(input_ids, cache, image=pixel_values, video=pixel_values_videos)
             inputs_embeds = self.get_input_embeddings()(input_ids)
         pictures = []
         given = (("image", pixel_values, image_grid_thw), ("video", pixel_values_videos, video_grid_thw))
@@ -465,7 +466,13 @@ class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, input_ids: Tensor | None = None, **model_kwargs: Any
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Repeats each prompt for beams and several answers. Its images are repeated as a whole, not row by row."""
+        """Repeats each prompt for beams and several answers. Its images are repeated as a whole, not row by row.
+
+        Pixels are asked for here, where `generate` still has what it was given: an assistant's forwards come without them.
+        """
+        given = {kind: model_kwargs.get(name) for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos"))}
+        if input_ids is not None:
+            self.model.check_pixels(input_ids, model_kwargs.get(CACHE), **given)
         expanded, merged = {}, self.model.visual.spatial_merge_size**2
         for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")) if expand_size > 1 else ():
             pixels, grid_thw = model_kwargs.pop(name, None), model_kwargs.pop(f"{kind}_grid_thw", None)
