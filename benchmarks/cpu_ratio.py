@@ -127,9 +127,7 @@ def cases() -> dict[str, Callable[[Any], torch.Tensor]]:
         "prefill": lambda model: model(input_ids=prompt, logits_to_keep=1).logits,
         "prefill, padded batch": lambda model: model(input_ids=batch, attention_mask=mask, logits_to_keep=1).logits,
         "decode": lambda model: model.generate(prompt[:, :32], max_new_tokens=24, **greedy),
-        "decode, padded batch": lambda model: model.generate(
-            many, attention_mask=seen.long(), max_new_tokens=24, **greedy
-        ),
+        "decode, padded batch": lambda model: model.generate(many, attention_mask=seen.long(), max_new_tokens=24, **greedy),
         **{f"vision{images}": vision(grid_thw) for images, grid_thw in grids.items()},
         **{f"prompt{images}": prompt_with(grid_thw) for images, grid_thw in grids.items() if images},
     }

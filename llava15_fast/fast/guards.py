@@ -36,9 +36,10 @@ from ..model.releases import CACHE
 
 
 class Part(NamedTuple):
-    """A module whose work fused code does without calling it: what it has to be, with the forward of that class.
+    """A module whose `method` the patched class replaces, by `kernels`, or without any is passed over by fused code: what it
+    has to be, with the method of that class.
 
-    `path` is below the module that has the fused code, `*` for every child; `parameters` are names of that forward's, `size` is
+    `path` is below the module that has the fused code, `*` for every child; `parameters` are names of that method's, `size` is
     the name of the only dimension of a norm's weight, and `numbers` are attributes that a captured graph fixes.
     """
 
@@ -47,6 +48,13 @@ class Part(NamedTuple):
     parameters: str
     size: str = ""
     numbers: tuple[str, ...] = ()
+    method: str = "forward"
+    kernels: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """As the report calls it."""
+        return ".".join(part for part in (self.path, self.method.removeprefix("forward")) if part)
 
 
 def _rms_norm(path: str, size: str) -> Part:
@@ -82,9 +90,9 @@ ENCODE_PARTS = (
     _layer_norm("blocks.*.norm1"),
     _layer_norm("blocks.*.norm2"),
     Part("blocks.*.attn", modeling.LlavaOnevision1_5VisionAttention, _BLOCK_ATTENTION, "", ("scaling",)),
-    Part("blocks.*.mlp", modeling.LlavaOnevision1_5VisionMLP, "hidden_states"),
+    Part("blocks.*.mlp", modeling.VisionMlp, "x"),
 )
-MERGE_PARTS = (Part("merger", modeling.LlavaOnevision1_5VisionPatchMerger, "hidden_states"), _layer_norm("merger.ln_q"))
+MERGE_PARTS = (Part("merger", modeling.PatchMerger, "x"), _layer_norm("merger.ln_q"))
 """Parents before their children."""
 
 _QKV = {"self_attn.q_proj": "q width", "self_attn.k_proj": "kv width", "self_attn.v_proj": "kv width"}
@@ -454,7 +462,7 @@ def _embed_guard(module: nn.Module) -> str | None:
 
 def _merge_guard(module: nn.Module) -> str | None:
     merged = module.config.hidden_size * module.spatial_merge_size**2
-    return None if module.merger.merged_size == merged else "the merger's width is not the model's"
+    return None if module.merger.hidden_size == merged else "the merger's width is not the model's"
 
 
 def _encode_guard(module: nn.Module) -> str | None:

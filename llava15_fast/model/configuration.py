@@ -1,10 +1,8 @@
 """Configurations of LLaVA-OneVision-1.5 in the published format.
 
-    LlavaOnevision1_5Config                     model_type "llavaonevision1_5"
-    |- vision_config  LlavaOnevision1_5VisionConfig   "rice_vit"
-    |- text_config    LlavaOnevision1_5TextConfig     "LLaVAOneVision1_5_text" (a Qwen3 configuration)
-
-A checkpoint of the port that is being prepared upstream (`model_type` "llava_onevision1_5") is read into the same classes.
+LlavaOnevision1_5Config                     model_type "llavaonevision1_5"
+|- vision_config  LlavaOnevision1_5VisionConfig   "rice_vit"
+|- text_config    LlavaOnevision1_5TextConfig     "LLaVAOneVision1_5_text" (a Qwen3 configuration)
 """
 
 from __future__ import annotations
@@ -13,6 +11,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig, Qwen3Config
 from transformers.activations import ACT2FN
+
+UPSTREAM_TYPE = "llava_onevision1_5"
+"""The `model_type` of the port that is being prepared upstream; its files are read into the same classes."""
 
 OWN_NAME = "Llava15Fast"
 """What the names of classes begin with of which transformers brings its own; a saved configuration names the published ones."""
@@ -160,13 +161,3 @@ def _part(config_class: type[PreTrainedConfig], given: Any, **defaults: Any) -> 
     if isinstance(given, PreTrainedConfig):
         return given
     return config_class(**{**defaults, **{key: value for key, value in (given or {}).items() if key != "model_type"}})
-
-
-class LlavaOnevision1_5UpstreamConfig(LlavaOnevision1_5Config):
-    """Reads the upstream port's `config.json`; what it returns is a plain `LlavaOnevision1_5Config`."""
-
-    model_type = "llava_onevision1_5"
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        return LlavaOnevision1_5Config.from_dict(config_dict, **kwargs)

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from transformers import GenerationMixin, PreTrainedModel, Qwen3ForCausalLM, Qwen3Model
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
+from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchMerger, VisionMlp
 from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
@@ -159,17 +159,6 @@ class LlavaOnevision1_5VisionAttention(Qwen2_5_VLVisionAttention):
         return self.proj(hidden_states), results[0][1] if len(results) == 1 else None
 
 
-class LlavaOnevision1_5VisionMLP(nn.Module):
-    def __init__(self, config: LlavaOnevision1_5VisionConfig) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.act = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(hidden_states)))
-
-
 class LlavaOnevision1_5VisionBlock(GradientCheckpointingLayer):
     """x += attn(norm1(x)); x += mlp(norm2(x))."""
 
@@ -178,28 +167,11 @@ class LlavaOnevision1_5VisionBlock(GradientCheckpointingLayer):
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attn = LlavaOnevision1_5VisionAttention(config)
-        self.mlp = LlavaOnevision1_5VisionMLP(config)
+        self.mlp = VisionMlp(config.hidden_size, config.intermediate_size, config.hidden_act)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         hidden_states = hidden_states + self.attn(self.norm1(hidden_states), *args, **kwargs)[0]
         return hidden_states + self.mlp(self.norm2(hidden_states))
-
-
-class LlavaOnevision1_5VisionPatchMerger(nn.Module):
-    """LayerNorm, four consecutive rows become one, two linear layers: (N, hidden) -> (N/4, text width)."""
-
-    def __init__(self, config: LlavaOnevision1_5VisionConfig) -> None:
-        super().__init__()
-        self.merged_size = config.hidden_size * config.spatial_merge_size**2
-        self.ln_q = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = nn.Sequential(
-            nn.Linear(self.merged_size, self.merged_size),
-            nn.GELU(),
-            nn.Linear(self.merged_size, config.text_hidden_size),
-        )
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.mlp(self.ln_q(hidden_states).view(-1, self.merged_size))
 
 
 class LlavaOnevision1_5PreTrainedModel(PreTrainedModel):
@@ -276,7 +248,8 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
         self.rotary_pos_emb = LlavaOnevision1_5VisionRotaryEmbedding(config)
         self.pre_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.blocks = nn.ModuleList([LlavaOnevision1_5VisionBlock(config) for _ in range(config.depth)])
-        self.merger = LlavaOnevision1_5VisionPatchMerger(config)
+        self.merger = PatchMerger(config.text_hidden_size, config.hidden_size, config.spatial_merge_size)
+        self.merger.ln_q.eps = config.layer_norm_eps
         self.gradient_checkpointing = False
         self.post_init()
 

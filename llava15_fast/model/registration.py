@@ -15,28 +15,16 @@ import transformers.processing_utils  # replaces sys.modules["transformers"]; mu
 from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto
 
+from . import configuration, modeling
 from .checkpoint import register_tensor_names
-from .configuration import (
-    OWN_NAME,
-    LlavaOnevision1_5Config,
-    LlavaOnevision1_5TextConfig,
-    LlavaOnevision1_5UpstreamConfig,
-    LlavaOnevision1_5VisionConfig,
-)
-from .modeling import LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model, LlavaOnevision1_5VisionModel
+from .configuration import LlavaOnevision1_5Config
 from .processing import LlavaOnevision1_5Processor
 
 logger = logging.getLogger(__name__)
 
-EXPORTED = (
-    LlavaOnevision1_5Config,
-    LlavaOnevision1_5VisionConfig,
-    LlavaOnevision1_5TextConfig,
-    LlavaOnevision1_5Model,
-    LlavaOnevision1_5VisionModel,
-    LlavaOnevision1_5ForConditionalGeneration,
-    LlavaOnevision1_5Processor,
-)
+CONFIGS = LlavaOnevision1_5Config, configuration.LlavaOnevision1_5VisionConfig, configuration.LlavaOnevision1_5TextConfig
+HEAD, MODEL = modeling.LlavaOnevision1_5ForConditionalGeneration, modeling.LlavaOnevision1_5Model
+EXPORTED = (*CONFIGS, MODEL, modeling.LlavaOnevision1_5VisionModel, HEAD, LlavaOnevision1_5Processor)
 """The names of the reference page, for `from transformers import LlavaOnevision1_5ForConditionalGeneration`."""
 
 
@@ -70,16 +58,14 @@ def _install_processor_lookup() -> None:
 
 def register() -> None:
     """Idempotent."""
-    for config_class in (*EXPORTED[:3], LlavaOnevision1_5UpstreamConfig):
+    for config_class in CONFIGS:
         transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    transformers.AutoModel.register(LlavaOnevision1_5VisionConfig, LlavaOnevision1_5VisionModel, exist_ok=True)
-    head = LlavaOnevision1_5ForConditionalGeneration
-    for config_class in (LlavaOnevision1_5Config, LlavaOnevision1_5UpstreamConfig):
-        # Not by `register`, which wants the class that the model itself names.
-        transformers.AutoModel._model_mapping.register(config_class, LlavaOnevision1_5Model, exist_ok=True)
-        for auto_class in (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM):
-            auto_class._model_mapping.register(config_class, head, exist_ok=True)
-        transformers.AutoProcessor.register(config_class, LlavaOnevision1_5Processor, exist_ok=True)
+    CONFIG_MAPPING.register(configuration.UPSTREAM_TYPE, LlavaOnevision1_5Config, exist_ok=True)
+    models = transformers.AutoModel, transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM
+    for auto_class, model_class in zip(models, (MODEL, HEAD, HEAD), strict=True):
+        auto_class.register(LlavaOnevision1_5Config, model_class, exist_ok=True)
+    transformers.AutoModel.register(CONFIGS[1], modeling.LlavaOnevision1_5VisionModel, exist_ok=True)
+    transformers.AutoProcessor.register(LlavaOnevision1_5Config, LlavaOnevision1_5Processor, exist_ok=True)
     _install_processor_lookup()
     for exported in EXPORTED:
         if getattr(sys.modules["transformers"], exported.__name__, exported) is exported:
@@ -87,8 +73,8 @@ def register() -> None:
         else:
             logger.warning("transformers brings its own %s; it is left in place", exported.__name__)
             # transformers looks up the names of tensors by the class's name: theirs and ours must not share it.
-            exported.__name__ = OWN_NAME + exported.__name__
-    for model_class in (LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model):
+            exported.__name__ = configuration.OWN_NAME + exported.__name__
+    for model_class in (HEAD, MODEL):
         register_tensor_names(model_class)
     # `transformers serve` and others ask by name what kind of model it is.
-    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[LlavaOnevision1_5Config.model_type] = head.__name__
+    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[LlavaOnevision1_5Config.model_type] = HEAD.__name__

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import transformers
@@ -14,7 +13,7 @@ from llava15_kernels._dispatch import FLOAT_DTYPES, check_backend
 from llava15_kernels.flash_attn import MAX_HEAD_DIM
 
 from ..fast import guards
-from ..fast.guards import FAST
+from ..fast.guards import FAST, Part
 from ..model.modeling import LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model, LlavaOnevision1_5VisionModel
 from ..model.releases import CACHE
 
@@ -23,38 +22,19 @@ class PatchError(RuntimeError):
     """The model is not what `patch` expects; nothing was changed."""
 
 
-@dataclass(frozen=True)
-class Target:
-    """A method that the patched class of a module replaces, or one whose work it does without calling it.
-
-    `path` is below `LlavaOnevision1_5Model`, `*` for every index, or `HEAD` for the model with the language head; the method
-    `attribute` of `module_class` has to have `parameters`; `kernels` run in its place, none for one that is only passed over.
-    """
-
-    path: str
-    module_class: type[nn.Module]
-    parameters: tuple[str, ...]
-    kernels: tuple[str, ...] = ()
-    attribute: str = "forward"
-
-    @property
-    def name(self) -> str:
-        """As the report calls it."""
-        return ".".join(part for part in (self.path, self.attribute.removeprefix("forward")) if part)
-
-
 HEAD = ""
+"""The path of the model with the language head; all others are below `LlavaOnevision1_5Model`."""
 
 TEXT = f"input_ids attention_mask position_ids {CACHE} inputs_embeds use_cache kwargs"
 GENERATE = """inputs generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn synced_gpus assistant_model
     streamer negative_prompt_ids negative_prompt_attention_mask custom_generate kwargs"""
 
 
-def _replaced(path: str, module_class: type[nn.Module], attribute: str, parameters: str, *kernels: str) -> Target:
-    return Target(path, module_class, tuple(parameters.split()), kernels, attribute)
+def _replaced(path: str, module_class: type[nn.Module], method: str, parameters: str, *kernels: str) -> Part:
+    return Part(path, module_class, parameters, method=method, kernels=kernels)
 
 
-TARGETS: tuple[Target, ...] = (
+TARGETS: tuple[Part, ...] = (
     _replaced("visual", LlavaOnevision1_5VisionModel, "embed_patches", "pixel_values layout", "layer_norm"),
     _replaced(
         "visual", LlavaOnevision1_5VisionModel, "encode", "hidden_states layout kwargs",
@@ -67,12 +47,8 @@ TARGETS: tuple[Target, ...] = (
     ),
     _replaced(HEAD, LlavaOnevision1_5ForConditionalGeneration, "generate", GENERATE, "decoding loop"),
     # Their work is done inside the replaced methods above.
-    *(
-        Target(f"{root}.{part.path}", part.module_class, tuple(part.parameters.split()))
-        for root, tables in (("visual", (guards.EMBED, guards.ENCODE, guards.MERGE)), ("language_model", (guards.TEXT,)))
-        for table in tables
-        for part in table.parts
-    ),
+    *(part._replace(path=f"visual.{part.path}") for part in (*guards.EMBED_PARTS, *guards.ENCODE_PARTS, *guards.MERGE_PARTS)),
+    *(part._replace(path=f"language_model.{part.path}") for part in guards.TEXT_PARTS),
 )  # fmt: skip
 
 
@@ -136,24 +112,22 @@ def check_model(root: nn.Module, backend: str) -> None:
         raise PatchError(f"{type(root).__name__} has no layers to patch")
 
 
-def _check_signature(target: Target) -> None:
-    method = getattr(target.module_class, target.attribute, None)
-    parameters = tuple(inspect.signature(method).parameters)[1:] if method else None
-    if parameters != target.parameters:
-        raise PatchError(
-            f"{target.module_class.__name__}.{target.attribute} has parameters {parameters}, expected {target.parameters} "
-            f"(transformers {transformers.__version__})"
-        )
+def _check_signature(target: Part) -> None:
+    method = getattr(target.module_class, target.method, None)
+    found, expected = method and tuple(inspect.signature(method).parameters)[1:], tuple(target.parameters.split())
+    if found != expected:
+        name = f"{target.module_class.__name__}.{target.method}"
+        raise PatchError(f"{name} has parameters {found}, expected {expected} (transformers {transformers.__version__})")
 
 
-def _check_module(target: Target, path: str, module: nn.Module) -> None:
+def _check_module(target: Part, path: str, module: nn.Module) -> None:
     own = FAST.get(target.module_class, target.module_class)
     expected = own if isinstance(module, own) else target.module_class
-    if reason := guards.difference(path, module, expected, target.attribute):
+    if reason := guards.difference(path, module, expected, target.method):
         raise PatchError(reason)
     # accelerate keeps a forward that its hook wraps under another name.
-    slot = "_old_forward" if target.attribute == "forward" and hasattr(module, "_hf_hook") else target.attribute
-    if guards.is_replaced(module, slot, target.attribute):
+    slot = "_old_forward" if target.method == "forward" and hasattr(module, "_hf_hook") else target.method
+    if guards.is_replaced(module, slot, target.method):
         by = getattr(vars(module)[slot], "__qualname__", type(vars(module)[slot]).__name__)
-        name = f"{path}.{target.attribute}".lstrip(".")
+        name = f"{path}.{target.method}".lstrip(".")
         raise PatchError(f"{name} was already replaced by {by}: undo that before patching")

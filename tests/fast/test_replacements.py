@@ -221,9 +221,9 @@ CLASSES = [
     modeling.LlavaOnevision1_5VisionPatchEmbed,
     modeling.LlavaOnevision1_5VisionRotaryEmbedding,
     modeling.LlavaOnevision1_5VisionAttention,
-    modeling.LlavaOnevision1_5VisionMLP,
+    modeling.VisionMlp,
     modeling.LlavaOnevision1_5VisionBlock,
-    modeling.LlavaOnevision1_5VisionPatchMerger,
+    modeling.PatchMerger,
     modeling.LlavaOnevision1_5VisionModel,
     modeling.LlavaOnevision1_5Model,
     Head,
@@ -255,7 +255,7 @@ def test_methods_of_classes(pair, prompt, monkeypatch, cls, name):
     check(pair, prompt, lambda: monkeypatch.setattr(cls, name, new), monkeypatch.undo)
 
 
-@pytest.mark.parametrize("cls", [nn.Module, qwen3.Qwen3MLP, modeling.LlavaOnevision1_5VisionMLP, nn.LayerNorm])
+@pytest.mark.parametrize("cls", [nn.Module, qwen3.Qwen3MLP, modeling.VisionMlp, nn.LayerNorm])
 def test_the_call_of_modules(pair, prompt, monkeypatch, cls):
     call = nn.Module.__call__
 

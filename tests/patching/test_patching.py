@@ -23,7 +23,7 @@ from llava15_fast.fast.guards import FAST
 from llava15_fast.fast.runtime import FastModule
 from llava15_fast.model.releases import CACHE
 from llava15_fast.patching import api, targets
-from llava15_fast.patching.targets import TARGETS, Target
+from llava15_fast.patching.targets import TARGETS
 
 ROOT = Path(__file__).parents[2]
 BACKENDS = ["torch", "triton"]
@@ -183,8 +183,8 @@ def test_signatures_are_the_originals(tiny):
 
 def test_patched_classes_take_the_declared_parameters():
     for target in (target for target in TARGETS if target.kernels):
-        method = getattr(FAST[target.module_class], target.attribute)
-        declared = tuple("past_key_values" if name == CACHE else name for name in target.parameters)
+        method = getattr(FAST[target.module_class], target.method)
+        declared = tuple("past_key_values" if name == CACHE else name for name in target.parameters.split())
         assert by_one_name(inspect.signature(method))[1:] == declared, target.path
 
 
@@ -489,7 +489,7 @@ def test_a_missing_module_is_named(tiny):
 
 def test_a_changed_signature_is_named(tiny, monkeypatch):
     target = next(target for target in TARGETS if target.path.endswith("self_attn"))
-    changed = Target(target.path, target.module_class, ("x",), target.kernels)
+    changed = target._replace(parameters="x")
     monkeypatch.setattr(targets, "TARGETS", (*TARGETS, changed))
     refused(tiny, r"Qwen3Attention\.forward has parameters .*expected \('x',\)")
 
