@@ -12,9 +12,6 @@ from .versions import check_versions
 
 check_versions()
 
-import logging
-from pathlib import Path
-
 import llava15_kernels
 
 from .model import modeling
@@ -39,10 +36,6 @@ if llava15_kernels.__version__ != __version__:
         f"llava15_fast {__version__} found llava15_kernels {llava15_kernels.__version__} at {llava15_kernels.__file__}: "
         "both come from one installation, reinstall it"
     )
-_root, _kernels = Path(__file__).parents[1], Path(llava15_kernels.__file__).parents[1]
-if _kernels not in (_root, _root / "kernels"):
-    _mixed = "llava15_fast of %s runs with llava15_kernels of %s: two installations are mixed"
-    logging.getLogger(__name__).warning(_mixed, _root, _kernels)
 
 __all__ = [
     "LlavaOnevision1_5Config", "LlavaOnevision1_5ForConditionalGeneration", "LlavaOnevision1_5Model",

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         enable(os.environ.get("LLAVA15_FAST_BACKEND", "auto"))
     except ValueError as error:
         raise SystemExit(f"LLAVA15_FAST_BACKEND: {error}") from None
-    if not (_exists(program[0]) if as_module else Path(program[0]).exists()):
+    if not (importlib.util.find_spec(program[0].partition(".")[0]) if as_module else Path(program[0]).exists()):
         raise SystemExit(f"no {'module named' if as_module else 'program'} {program[0]!r}\n{USAGE}")
     handler, logger = logging.StreamHandler(), logging.getLogger("llava15_fast")
     # Silent as soon as the program has set up logging of its own, which then shows the same.
@@ -50,16 +50,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.path[0] = str(Path(program[0]).resolve().parent)
         # As python gives a script its `__file__`: it may look for it in another working directory.
         runpy.run_path(os.path.abspath(program[0]), run_name="__main__")
-
-
-def _exists(module: str) -> bool:
-    """What the packages around it raise as they are imported is for the caller to see."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise
-        return False
 
 
 if __name__ == "__main__":

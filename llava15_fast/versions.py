@@ -32,9 +32,8 @@ def is_inside(version: str, declared: str) -> bool:
 
 def check_versions() -> None:
     """Raises ImportError where a package is missing or older than what is declared; a newer one is told and tried."""
-    found = {package: installed(package) for package in DECLARED}
     # Sources on the path have no metadata.
-    found = {package: version for package, version in found.items() if version or find_spec(package) is None}
+    found = {package: version for package in DECLARED if (version := installed(package)) or find_spec(package) is None}
     lowest = {package: declared.split(",")[0] for package, declared in DECLARED.items()}
     if old := [package for package, version in found.items() if not version or not is_inside(version, lowest[package])]:
         needed = ", ".join(f"{package}{DECLARED[package]}" for package in old)

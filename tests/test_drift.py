@@ -20,7 +20,7 @@ from torch import nn
 import llava15_fast
 from llava15_fast.fast import generate as generation
 from llava15_fast.fast import kv_cache
-from llava15_fast.fast.guards import has_hooks, inside
+from llava15_fast.fast.guards import cache_guard, has_hooks, inside
 from llava15_fast.model.releases import CACHE
 from llava15_fast.patching.targets import TARGETS, PatchError
 
@@ -325,7 +325,7 @@ def test_the_attributes_of_a_cache():
     present = set(vars(transformers.cache_utils.DynamicLayer()))
     assert {"keys", "values", "is_initialized"} == present, f"{release}: DynamicLayer holds {present}"
     pool = kv_cache.KVPool()
-    assert pool.guard(cache, 3) is None
+    assert cache_guard(cache, 3, kv_cache.LAYERS) is None
     pool.borrow(cache, 3, torch.empty(1, 0, 2, 4), 5)
     assert all(type(layer) is kv_cache.PooledLayer for layer in cache.layers)
 

@@ -18,7 +18,7 @@ import gc
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,7 +54,10 @@ class CapturedStep:
         self.graph = torch.cuda.CUDAGraph()
 
     def capture(self, step: Callable[[], torch.Tensor], pool: Any) -> torch.Tensor:
-        with _capturing, without_collection(), torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+        with _capturing, torch.cuda.device(self.device), torch.cuda.stream(self.stream), contextlib.ExitStack() as after:
+            # What Python collects may unload a module of kernels, which no capture survives.
+            after.callback(gc.enable if gc.isenabled() else gc.disable)
+            gc.disable()
             # While capturing, memory that others have left cannot be reclaimed; and a graph that was dropped may still run.
             self.wait()
             torch.cuda.empty_cache()
@@ -77,18 +80,6 @@ class CapturedStep:
         torch.cuda.synchronize(self.device)
 
 
-@contextlib.contextmanager
-def without_collection() -> Iterator[None]:
-    """What Python collects may unload a module of kernels, which no capture survives."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 class Slot:
     """The place of one recurring step: nothing, its key when it was seen once, or its graph.
 
@@ -105,10 +96,6 @@ class Slot:
         self.output: torch.Tensor | None = None
         self.held: list[torch.Tensor] = []
         self.graph: CapturedStep | None = None
-
-    @property
-    def is_captured(self) -> bool:
-        return self.graph is not None
 
 
 class Graphs:
@@ -139,7 +126,7 @@ class Graphs:
                 slot.clear()
                 self._drop_stale(*key[:2])
                 return None
-            if not slot.is_captured and not self._capture(slot, inputs, step, device, facts):
+            if slot.graph is None and not self._capture(slot, inputs, step, device, facts):
                 return None
             _fill(slot.inputs, inputs)
             slot.graph.replay()
@@ -147,7 +134,7 @@ class Graphs:
 
     def _capture(self, slot: Slot, inputs: Tensors, step: Step, device: torch.device, facts: Facts) -> bool:
         # A pool whose last graph is gone must not be captured into again: torch raises, as long as something in it lives.
-        if not any(other.is_captured for other in self.slots):
+        if not any(other.graph is not None for other in self.slots):
             self.pool = CapturedStep.new_pool()
         if device not in self.streams:
             self.streams[device] = CapturedStep.new_stream(device)
@@ -175,14 +162,14 @@ class Graphs:
     def _drop_stale(self, part: str, fingerprint: tuple) -> None:
         """Graphs that keep weights alive which `part` has left."""
         for slot in self.slots:
-            if slot.is_captured and slot.key[0] == part and slot.key[1] != fingerprint:
+            if slot.graph is not None and slot.key[0] == part and slot.key[1] != fingerprint:
                 slot.graph.wait()
                 slot.clear()
 
     def clear(self) -> bool:
         """Frees the graphs; whether there were any."""
         with self.lock:
-            held = [slot for slot in self.slots if slot.is_captured]
+            held = [slot for slot in self.slots if slot.graph is not None]
             for slot in held:
                 slot.graph.wait()
                 slot.clear()

@@ -50,16 +50,12 @@ PURE_PROCESSORS = frozenset(getattr(logits_process, name) for name in _PURE.spli
 
 @stands_for(LlavaOnevision1_5Model)
 class FastModel(FastModule, LlavaOnevision1_5Model):
-    @functools.wraps(LlavaOnevision1_5Model.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return as_request(FastModel, self, args, kwargs)
+    forward = as_request(LlavaOnevision1_5Model)
 
 
 @stands_for(LlavaOnevision1_5ForConditionalGeneration)
 class FastForConditionalGeneration(FastModule, LlavaOnevision1_5ForConditionalGeneration):
-    @functools.wraps(LlavaOnevision1_5ForConditionalGeneration.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return as_request(FastForConditionalGeneration, self, args, kwargs)
+    forward = as_request(LlavaOnevision1_5ForConditionalGeneration)
 
     @functools.wraps(LlavaOnevision1_5ForConditionalGeneration.generate)
     def generate(self, *args: Any, custom_generate: Any = None, **kwargs: Any) -> Any:
@@ -192,10 +188,9 @@ class Answer:
         self.pad_id = None if pad_id is None else pad_id.to(self.device)
         self.unfinished = torch.ones(batch, dtype=torch.bool, device=self.device)
         self.watch = _StopWatch(self.device)
-        self.keeps_scores = config.return_dict_in_generate and config.output_scores
-        self.keeps_logits = config.return_dict_in_generate and config.output_logits
-        self.scores: list[torch.Tensor] = []
-        self.logits: list[torch.Tensor] = []
+        kept = config.return_dict_in_generate
+        self.scores: list[torch.Tensor] | None = [] if kept and config.output_scores else None
+        self.logits: list[torch.Tensor] | None = [] if kept and config.output_logits else None
 
     @property
     def ids(self) -> torch.Tensor:
@@ -204,12 +199,12 @@ class Answer:
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """(B, vocabulary) -> (B,)."""
-        if self.processors or self.config.do_sample or self.keeps_scores or self.keeps_logits:
+        if self.processors or self.config.do_sample or self.scores is not None or self.logits is not None:
             logits = logits.to(copy=True, dtype=torch.float32, device=self.device)
         scores = self.processors(self.ids, logits)
-        if self.keeps_scores:
+        if self.scores is not None:
             self.scores.append(scores)
-        if self.keeps_logits:
+        if self.logits is not None:
             self.logits.append(logits)
         return (draw(scores.softmax(-1)) if self.config.do_sample else scores.argmax(-1)).to(self.device)
 
@@ -235,12 +230,8 @@ class Answer:
         sequences, needed = self.ids.clone(), self.length - self.prompt_length
         if not self.config.return_dict_in_generate:
             return sequences
-        return GenerateDecoderOnlyOutput(
-            sequences=sequences,
-            scores=tuple(self.scores[:needed]) if self.keeps_scores else None,
-            logits=tuple(self.logits[:needed]) if self.keeps_logits else None,
-            **{CACHE: cache},
-        )
+        scores, logits = (None if kept is None else tuple(kept[:needed]) for kept in (self.scores, self.logits))
+        return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores, logits=logits, **{CACHE: cache})
 
 
 class Inputs:

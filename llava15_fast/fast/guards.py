@@ -116,9 +116,6 @@ _TRUSTED = tuple(
     str(Path(sys.modules[name].__file__).parent) for name in ("torch", "transformers", "llava15_kernels", "llava15_fast")
 )
 
-Seen = tuple[Any, str, Any]
-"""An owner's attribute, by its name, and its value; None if it was somebody else's by then already."""
-
 
 def _is_theirs(function: Any) -> bool:
     """Whether its code is torch's, transformers' or ours: `functools.wraps` copies names, but not the file of the code."""
@@ -128,12 +125,13 @@ def _is_theirs(function: Any) -> bool:
     return code is None or code.co_filename.startswith(_TRUSTED)
 
 
-def _seen(owner: Any, *names: str) -> list[Seen]:
+def _seen(owner: Any, *names: str) -> list[tuple[Any, str, Any]]:
+    """An owner's attributes, each by its name, with their values; None where it was somebody else's by then already."""
     values = [(name, getattr(owner, name)) for name in names if hasattr(owner, name)]
     return [(owner, name, value if _is_theirs(value) else None) for name, value in values]
 
 
-def _methods(*classes: type) -> list[Seen]:
+def _methods(*classes: type) -> list[tuple[Any, str, Any]]:
     """Of the classes and of what they inherit from, up to `nn.Module`, of which only what a call passes through."""
     found = []
     for cls in dict.fromkeys(classes):
@@ -309,6 +307,10 @@ def _activation_guard(module: nn.Module, classes: Container[type[nn.Module]]) ->
     return None
 
 
+def _vision_sizes(module: nn.Module) -> dict[str, int]:
+    return {"width": module.config.hidden_size, "qkv": 3 * module.config.hidden_size}
+
+
 class Table(NamedTuple):
     """What one part of the model has to be; `name` is also that of its functions in `WATCHED`.
 
@@ -321,8 +323,8 @@ class Table(NamedTuple):
 
     name: str
     parts: tuple[Part, ...]
-    sizes: Callable[[Any], dict[str, int]]
-    guard: Callable[[Any], str | None] = lambda module: None
+    guard: Callable[[Any], str | None]
+    sizes: Callable[[Any], dict[str, int]] = _vision_sizes
     blocks: str = ""
     linears: dict[str, str] = {}
     block_guard: Callable[[Any, Any], str | None] = lambda block, config: None
@@ -487,20 +489,11 @@ def _attention_guard(attention: nn.Module, config: Any) -> str | None:
     return None if attention.config is config else "a layer has a configuration of its own"
 
 
-def _vision_sizes(module: nn.Module) -> dict[str, int]:
-    width = module.config.hidden_size
-    return {"width": width, "qkv": 3 * width}
-
-
-TEXT = Table(
-    "text", TEXT_PARTS, _text_sizes, _text_guard, "layers", TEXT_LINEARS, _layer_guard, ("rotary_emb.inv_freq",)
-)  # fmt: skip
-EMBED = Table("embed", EMBED_PARTS, _vision_sizes, _embed_guard)
-ENCODE = Table(
-    "encode", ENCODE_PARTS, _vision_sizes, _encode_guard, "blocks", BLOCK_LINEARS, _block_guard,
-    ("class_pos_emb", "rotary_pos_emb.inv_freq"),
-)  # fmt: skip
-MERGE = Table("merge", MERGE_PARTS, _vision_sizes, _merge_guard)
+_ANGLES = ("class_pos_emb", "rotary_pos_emb.inv_freq")
+TEXT = Table("text", TEXT_PARTS, _text_guard, _text_sizes, "layers", TEXT_LINEARS, _layer_guard, ("rotary_emb.inv_freq",))
+EMBED = Table("embed", EMBED_PARTS, _embed_guard)
+ENCODE = Table("encode", ENCODE_PARTS, _encode_guard, _vision_sizes, "blocks", BLOCK_LINEARS, _block_guard, _ANGLES)
+MERGE = Table("merge", MERGE_PARTS, _merge_guard)
 
 
 def context_guard() -> str | None:
@@ -561,7 +554,8 @@ def cache_guard(cache: Any, n_layers: int, layer_classes: Container[type]) -> st
         return f"the cache is a {kind} with layers of its own kind"
     if any(not CACHE_METHODS.isdisjoint(vars(owner)) for owner in (cache, *layers)):
         return f"the {kind} has a method of its own"
-    return None
+    lengths = {layer.get_seq_length() for layer in layers} | ({0} if len(layers) < n_layers else set())
+    return "the layers of the cache hold different numbers of tokens" if len(lengths) > 1 else None
 
 
 def methods_guard(model: nn.Module) -> str | None:

@@ -24,7 +24,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from . import limits
 from .cuda_graphs import Slot
-from .guards import cache_guard
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -207,16 +206,8 @@ class KVPool:
         self.idle: list[Buffers] = []
         self.lock = threading.RLock()
 
-    def guard(self, cache: Cache, n_layers: int) -> str | None:
-        """Why `cache` has to stay as it is."""
-        if reason := cache_guard(cache, n_layers, (DynamicLayer, PooledLayer)):
-            return reason
-        if len({layer.get_seq_length() for layer in cache.layers} | ({0} if len(cache.layers) < n_layers else set())) > 1:
-            return "the layers of the cache hold different numbers of tokens"
-        return None
-
     def borrow(self, cache: Cache, n_layers: int, like: torch.Tensor, tokens: int) -> Loan:
-        """The loan that holds `cache`, which `guard` has nothing against, with room for `tokens` in all; what it has is kept.
+        """The loan that holds `cache`, which passed `cache_guard`, with room for `tokens` in all; what it has is kept.
 
         Args:
             like: (B, ?, kv_heads, head_dim), whose dtype and device the buffers have.
@@ -231,7 +222,6 @@ class KVPool:
         loan = self._present(layers, n_layers, length)
         if loan is None or loan.buffers.batch != len(like):
             loan = self._lend(n_layers, like, max(tokens, length))
-            loan.length = length
             layers += [DynamicLayer() for _ in range(n_layers - len(layers))]
             for index, layer in enumerate(layers):
                 _move(layer, loan, index, length)
@@ -277,7 +267,7 @@ class KVPool:
 
     def take_back(self, buffers: Buffers) -> None:
         with self.lock:
-            if buffers.slot.is_captured and not buffers.exposed and buffers.capacity:
+            if buffers.slot.graph is not None and not buffers.exposed and buffers.capacity:
                 self.idle = [*self.idle, buffers][-limits.IDLE_BUFFERS :]
 
     def clear(self) -> bool:
@@ -285,6 +275,10 @@ class KVPool:
         with self.lock:
             held, self.idle = bool(self.idle), []
             return held
+
+
+LAYERS = DynamicLayer, PooledLayer
+"""What the layers of a cache may be that lends itself to this."""
 
 
 def _peek(layer: DynamicLayer) -> Pair:

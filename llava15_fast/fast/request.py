@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 
-from .guards import Facts, Table, original
+from .guards import FAST, Facts, Table, original
 from .kv_cache import Loan
 from .layout import Padding
 from .runtime import runtime_of
@@ -120,22 +120,24 @@ def _keeps_padding(given: dict[str, Any], padding: Padding | str | None) -> bool
     return any(start > padding.length - length + first for start, _ in padding.spans)
 
 
-@functools.cache
-def _parameters(patched: type) -> tuple[str, ...]:
-    return tuple(inspect.signature(patched.forward).parameters)[1:]
+def as_request(base: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of the patched class of `base`: the original, as a part of the request that it belongs to or as its own."""
+    names = tuple(inspect.signature(base.forward).parameters)[1:]
 
+    @functools.wraps(base.forward)
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        run = functools.partial(original(FAST[base], module, "forward"), module, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return run()
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        cache = given.get("past_key_values") if given.get("cache") is None else given["cache"]
+        if current(module, cache) is not None:
+            return run()
+        request = Request(module, given.get("attention_mask"))
+        if "labels" in names:
+            labels, padding = given.get("labels"), request.padding
+            request.reads_padding = _loss_reads_padding(labels, request.mask) or _keeps_padding(given, padding)
+        with opened(request):
+            return run()
 
-def as_request(patched: type, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The original forward, as a part of the request that it belongs to, or as one of its own."""
-    forward = original(patched, module, "forward")
-    if torch.compiler.is_compiling():
-        return forward(module, *args, **kwargs)
-    given = {**dict(zip(_parameters(patched), args, strict=False)), **kwargs}
-    cache = given.get("past_key_values") if given.get("cache") is None else given["cache"]
-    if current(module, cache) is not None:
-        return forward(module, *args, **kwargs)
-    request = Request(module, given.get("attention_mask"))
-    if "labels" in _parameters(patched):
-        request.reads_padding = _loss_reads_padding(given.get("labels"), request.mask) or _keeps_padding(given, request.padding)
-    with opened(request):
-        return forward(module, *args, **kwargs)
+    return forward

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -16,7 +17,6 @@ from llava15_kernels._dispatch import Backend, default_backend
 from . import limits
 from .cuda_graphs import Graphs, Slot
 from .kv_cache import KVPool
-from .record import Record
 
 logger = logging.getLogger("llava15_fast")
 
@@ -26,6 +26,35 @@ RUNTIME = "_llava15_runtime"
 T = TypeVar("T")
 
 _living: weakref.WeakSet[Runtime] = weakref.WeakSet()
+
+
+class Record:
+    """What ran in one patched model; `method` is what the report calls it, "visual.encode" say.
+
+    Attributes:
+        ran: method -> backend -> calls.
+        fallbacks: method -> reason -> calls of the original.
+    """
+
+    def __init__(self) -> None:
+        self.ran: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.fallbacks: defaultdict[str, Counter[str]] = defaultdict(Counter)
+
+    def run(self, method: str, how: str) -> str:
+        if not torch.compiler.is_compiling():
+            self.ran[method][how] += 1
+        return how
+
+    def fall_back(self, method: str, reason: str) -> None:
+        """The original runs, because of `reason`: counted, and logged the first time."""
+        if not torch.compiler.is_compiling():
+            self.fallbacks[method][reason] += 1
+            _log_fallback(method, reason)
+
+
+@functools.cache
+def _log_fallback(method: str, reason: str) -> None:
+    logger.warning("%s falls back to the original: %s", method, reason)
 
 
 class Runtime:

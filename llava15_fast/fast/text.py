@@ -34,8 +34,8 @@ from llava15_kernels.qk_norm_rope import norm_and_rotate, rope_tables, write_row
 
 from ..model.modeling import send
 from ..model.releases import CACHE
-from .guards import FORWARDS, TEXT, Facts, call_guard, is_plain, original, stands_for
-from .kv_cache import Loan, Pair
+from .guards import FORWARDS, TEXT, Facts, cache_guard, call_guard, is_plain, original, stands_for
+from .kv_cache import LAYERS, Loan, Pair
 from .layout import Spans, TextLayout, decode_layout, decode_numbers, prompt_layout
 from .request import Request, current
 from .runtime import FastModule, Runtime, runtime_of, with_room
@@ -139,7 +139,7 @@ def first_step(module: nn.Module, runtime: Runtime, request: Request, call: Text
     use_cache = config.use_cache if use_cache is None else use_cache
     if use_cache and cache is None:
         cache = DynamicCache(config=config)
-    if cache is not None and (reason := runtime.pool.guard(cache, n_layers)):
+    if cache is not None and (reason := cache_guard(cache, n_layers, LAYERS)):
         return reason
     past = 0 if cache is None else cache.get_seq_length()
     tokens = _tokens(request, call, past)
@@ -184,8 +184,8 @@ def _input_guard(module: nn.Module, call: TextCall) -> str | None:
     if given.ndim < 2 or given.shape[2:] != (() if call.inputs_embeds is None else module.norm.weight.shape):
         return "the input is not one token or one row per position"
     layers = () if call.cache is None or not torch.is_grad_enabled() else getattr(call.cache, "layers", ())
-    filled = [side for layer in layers for side in (getattr(layer, "keys", None), getattr(layer, "values", None))]
-    filled = [side for side in filled if isinstance(side, torch.Tensor)]
+    sides = [getattr(layer, side, None) for layer in layers for side in ("keys", "values")]
+    filled = [side for side in sides if isinstance(side, torch.Tensor)]
     return call_guard(module, given, module.norm.weight, call.options, *filled)
 
 
@@ -227,8 +227,7 @@ def execute(module: nn.Module, runtime: Runtime, call: TextCall, step: Step) -> 
     embeds = module.embed_tokens(call.input_ids) if call.inputs_embeds is None else call.inputs_embeds
     hidden_states = None if step.numbers is None else _replay(module, runtime, step, embeds)
     if hidden_states is None:
-        backend = runtime.backend_on(embeds.device)
-        runtime.record.run(METHOD, backend)
+        backend = runtime.record.run(METHOD, runtime.backend_on(embeds.device))
         layout, storages = step.layout, None if step.loan is None else step.loan.buffers.layers
         if layout is None:
             layout = decode_layout(step.position_ids, send(step.numbers, embeds.device), len(embeds))

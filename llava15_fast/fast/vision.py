@@ -34,9 +34,7 @@ METHODS = {name: getattr(LlavaOnevision1_5VisionModel, name) for name in ("embed
 
 @stands_for(LlavaOnevision1_5VisionModel)
 class FastVisionModel(FastModule, LlavaOnevision1_5VisionModel):
-    @functools.wraps(LlavaOnevision1_5VisionModel.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return as_request(FastVisionModel, self, args, kwargs)
+    forward = as_request(LlavaOnevision1_5VisionModel)
 
     def embed_patches(self, pixel_values: torch.Tensor, layout: VisionLayout) -> torch.Tensor:
         """The convolution sees one patch at a time: a matrix product, several times faster as one."""
@@ -45,7 +43,7 @@ class FastVisionModel(FastModule, LlavaOnevision1_5VisionModel):
         runtime, _ = _enter(self, "embed_patches", EMBED, x, weight)
         if runtime is None:
             return original(FastVisionModel, self, "embed_patches")(self, pixel_values, layout)
-        backend = _start(runtime, "embed_patches", x.device)
+        backend = runtime.record.run("visual.embed_patches", runtime.backend_on(x.device))
         hidden_states = weight.new_empty(len(layout.position_ids), len(weight))
         hidden_states[layout.cu_seqlens[:-1]] = self.class_embedding.to(weight.dtype)
         hidden_states[layout.patch_rows] = nn.functional.linear(x, weight.flatten(1))
@@ -60,7 +58,7 @@ class FastVisionModel(FastModule, LlavaOnevision1_5VisionModel):
             replayed = _replay(self, runtime, facts, hidden_states, layout)
             if replayed is not None:
                 return replayed
-        backend = _start(runtime, "encode", hidden_states.device)
+        backend = runtime.record.run("visual.encode", runtime.backend_on(hidden_states.device))
         sizes = layout.position_ids, layout.cu_seqlens, layout.max_seqlen
         return with_room(functools.partial(run_blocks, self, hidden_states, *sizes, backend))
 
@@ -68,7 +66,7 @@ class FastVisionModel(FastModule, LlavaOnevision1_5VisionModel):
         runtime, _ = _enter(self, "merge_patches", MERGE, hidden_states)
         if runtime is None:
             return original(FastVisionModel, self, "merge_patches")(self, hidden_states, layout)
-        norm, backend = self.merger.ln_q, _start(runtime, "merge_patches", hidden_states.device)
+        backend, norm = runtime.record.run("visual.merge_patches", runtime.backend_on(hidden_states.device)), self.merger.ln_q
         merged = patch_merge(
             hidden_states, norm.weight, norm.bias, norm.eps, layout.cu_seqlens, self.spatial_merge_size, backend=backend
         )
@@ -93,12 +91,6 @@ def _enter(
         runtime.record.fall_back(f"visual.{name}", reason)
         return None, None
     return runtime, facts
-
-
-def _start(runtime: Runtime, name: str, device: torch.device) -> str:
-    backend = runtime.backend_on(device)
-    runtime.record.run(f"visual.{name}", backend)
-    return backend
 
 
 def _replay(

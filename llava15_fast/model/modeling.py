@@ -353,14 +353,16 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         placeholder = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
         return (inputs_embeds == placeholder).all(-1)
 
-    def check_placeholders(self, kind: str, mask: Tensor, pixels: Tensor, grid_thw: Tensor | None) -> None:
+    def check_placeholders(self, kind: str, mask: Tensor, pixels: Tensor | None, grid_thw: Tensor | None) -> None:
         """Raises ValueError where the number of placeholders is not that of features, or grids and pixels do not match."""
-        if grid_thw is None:
+        if pixels is not None and grid_thw is None:
             raise ValueError(f"{kind} pixels were passed without {kind}_grid_thw")
-        features = sum(map(math.prod, self.visual.check_inputs(pixels, grid_thw))) // self.visual.spatial_merge_size**2
+        grids = [] if pixels is None else self.visual.check_inputs(pixels, grid_thw)
+        features = sum(map(math.prod, grids)) // self.visual.spatial_merge_size**2
         if (count := int(mask.sum())) != features:
             found = f"{count} {kind} placeholder tokens (id {getattr(self.config, f'{kind}_token_id')}) in the prompt"
-            raise ValueError(f"{found}, but the {kind} inputs give {features} features: they must be equal")
+            unequal = f"the {kind} inputs give {features} features: they must be equal"
+            raise ValueError(f"{found}, but {unequal if grids else f'no {kind} pixels were passed'}")
 
     def check_pixels(self, input_ids: Tensor, cache: Cache | None, **pixels: Tensor | None) -> None:
         """Raises ValueError where a prompt has placeholders of a kind ("image", "video") of which there are no pixels. Behind a
@@ -368,12 +370,8 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         unknown = torch.compiler.is_compiling() or torch.jit.is_tracing() or input_ids.is_meta or is_fake(input_ids)
         if unknown or (cache is not None and cache.get_seq_length()):
             return
-        token_ids = {kind: getattr(self.config, f"{kind}_token_id") for kind, given in pixels.items() if given is None}
-        counts = [(input_ids == token_id).sum() for token_id in token_ids.values()]
-        for (kind, token_id), count in zip(token_ids.items(), torch.stack(counts).tolist() if counts else (), strict=True):
-            if count:
-                found = f"{count} {kind} placeholder tokens (id {token_id}) in the prompt"
-                raise ValueError(f"{found}, but no {kind} pixels were passed")
+        for kind in (kind for kind, given in pixels.items() if given is None):
+            self.check_placeholders(kind, input_ids == getattr(self.config, f"{kind}_token_id"), None, None)
 
     @can_return_tuple
     def forward(
@@ -443,23 +441,26 @@ class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel
 
         Pixels are asked for here, where `generate` still has what it was given: an assistant's forwards come without them.
         """
-        given = {kind: model_kwargs.get(name) for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos"))}
+        names, expanded, merged = (
+            {"image": "pixel_values", "video": "pixel_values_videos"},
+            {},
+            self.model.visual.spatial_merge_size**2,
+        )
         if input_ids is not None:
+            given = {kind: model_kwargs.get(name) for kind, name in names.items()}
             self.model.check_pixels(input_ids, model_kwargs.get(CACHE), **given)
-        expanded, merged = {}, self.model.visual.spatial_merge_size**2
-        for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")) if expand_size > 1 else ():
+        for kind, name in names.items() if expand_size > 1 else ():
             pixels, grid_thw = model_kwargs.pop(name, None), model_kwargs.pop(f"{kind}_grid_thw", None)
-            if pixels is not None and grid_thw is not None:
-                mask = self.model.placeholder_mask(kind, input_ids, model_kwargs.get("inputs_embeds"))
-                ends = [0, *accumulate(grid_thw.prod(-1).tolist())]
-                bounds = [0, *accumulate(merged * tokens for tokens in mask.sum(-1).tolist())]
-                if not {*bounds} <= {*ends} or bounds[-1] != ends[-1]:
-                    raise ValueError(
-                        f"placeholders of the prompts end at patches {bounds[1:]}, but those of {kind}s at {ends[1:]}"
-                    )
-                images = [ends.index(bound) for bound in bounds]
-                for key, value, cuts in ((name, pixels, bounds), (f"{kind}_grid_thw", grid_thw, images)):
-                    expanded[key] = torch.cat([value[a:b] for a, b in pairwise(cuts) for _ in range(expand_size)])
+            if pixels is None or grid_thw is None:
+                continue
+            mask = self.model.placeholder_mask(kind, input_ids, model_kwargs.get("inputs_embeds"))
+            ends = [0, *accumulate(grid_thw.prod(-1).tolist())]
+            bounds = [0, *accumulate(merged * tokens for tokens in mask.sum(-1).tolist())]
+            if not {*bounds} <= {*ends} or bounds[-1] != ends[-1]:
+                raise ValueError(f"placeholders of the prompts end at patches {bounds[1:]}, but those of {kind}s at {ends[1:]}")
+            images = [ends.index(bound) for bound in bounds]
+            for key, value, cuts in ((name, pixels, bounds), (f"{kind}_grid_thw", grid_thw, images)):
+                expanded[key] = torch.cat([value[a:b] for a, b in pairwise(cuts) for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, input_ids=input_ids, **model_kwargs
         )

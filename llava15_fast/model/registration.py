@@ -47,8 +47,7 @@ def _install_processor_lookup() -> None:
 
     @functools.wraps(original)
     def from_pretrained(pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        ours = _is_this_model(pretrained_model_name_or_path, kwargs)
-        load = LlavaOnevision1_5Processor.from_pretrained if ours else original
+        load = LlavaOnevision1_5Processor.from_pretrained if _is_this_model(pretrained_model_name_or_path, kwargs) else original
         return load(pretrained_model_name_or_path, **kwargs)
 
     if not hasattr(original, "llava15_fast"):

@@ -46,10 +46,9 @@ def patch(model: nn.Module, backend: Backend = "auto", *, cuda_graph: bool = Tru
     check_model(root, backend)
     modules = patched_modules(root)
     present = [runtime_of(module) if isinstance(module, FastModule) else None for module, _ in modules]
-    wanted = backend, cuda_graph
     # Not so after an `unpatch` that was interrupted.
     complete = present[0] is not None and all(runtime is present[0] for runtime in present)
-    if complete and (present[0].backend, present[0].cuda_graph) == wanted:
+    if complete and (present[0].backend, present[0].cuda_graph) == (backend, cuda_graph):
         return PatchHandle(model)
     try:
         unpatch(model)

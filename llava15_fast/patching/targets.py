@@ -30,22 +30,17 @@ GENERATE = """inputs generation_config logits_processor stopping_criteria prefix
     streamer negative_prompt_ids negative_prompt_attention_mask custom_generate kwargs"""
 
 
-def _replaced(path: str, module_class: type[nn.Module], method: str, parameters: str, *kernels: str) -> Part:
-    return Part(path, module_class, parameters, method=method, kernels=kernels)
-
-
 TARGETS: tuple[Part, ...] = (
-    _replaced("visual", LlavaOnevision1_5VisionModel, "embed_patches", "pixel_values layout", "layer_norm"),
-    _replaced(
-        "visual", LlavaOnevision1_5VisionModel, "encode", "hidden_states layout kwargs",
-        "layer_norm + residual", "vision_rope_2d", "flash_attn_varlen_func", "gelu",
+    Part("visual", LlavaOnevision1_5VisionModel, "pixel_values layout", method="embed_patches", kernels=("layer_norm",)),
+    Part(
+        "visual", LlavaOnevision1_5VisionModel, "hidden_states layout kwargs", method="encode",
+        kernels=("layer_norm + residual", "vision_rope_2d", "flash_attn_varlen_func", "gelu"),
     ),
-    _replaced("visual", LlavaOnevision1_5VisionModel, "merge_patches", "hidden_states layout", "patch_merge"),
-    _replaced(
-        "language_model", Qwen3Model, "forward", TEXT,
+    Part("visual", LlavaOnevision1_5VisionModel, "hidden_states layout", method="merge_patches", kernels=("patch_merge",)),
+    Part("language_model", Qwen3Model, TEXT, kernels=(
         "rms_norm + residual", "qk_norm_rope", "flash_attn_varlen_func", "flash_attn_with_kvcache", "silu_and_mul",
-    ),
-    _replaced(HEAD, LlavaOnevision1_5ForConditionalGeneration, "generate", GENERATE, "decoding loop"),
+    )),
+    Part(HEAD, LlavaOnevision1_5ForConditionalGeneration, GENERATE, method="generate", kernels=("decoding loop",)),
     # Their work is done inside the replaced methods above.
     *(part._replace(path=f"visual.{part.path}") for part in (*guards.EMBED_PARTS, *guards.ENCODE_PARTS, *guards.MERGE_PARTS)),
     *(part._replace(path=f"language_model.{part.path}") for part in guards.TEXT_PARTS),

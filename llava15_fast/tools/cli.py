@@ -26,6 +26,7 @@ from llava15_kernels import INTERPRETED
 from .. import LlavaOnevision1_5Config, patch, verify, warmup
 from ..model.processing import read_image
 from ..patching.auto import BACKENDS
+from ..patching.report import as_text
 from .env import environment, table
 
 PROMPT = "Describe this image."
@@ -125,11 +126,9 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     processor = AutoProcessor.from_pretrained(folder)
     placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
     model, report = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", output_loading_info=True, **placement)
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{folder} lacks {len(missing)} tensors, {missing[0]} the first: the answer would be noise")
-    if unexpected := sorted(report["unexpected_keys"]):
-        problem = f"{len(unexpected)} tensors that its configuration has no place for, {unexpected[0]} the first"
-        raise ValueError(f"{folder} has {problem}: the answer would not be this model's")
+    for kind, problem in (("missing", "lacks"), ("unexpected", "has, against its configuration,")):
+        if keys := sorted(report[f"{kind}_keys"]):
+            raise ValueError(f"{folder} {problem} {len(keys)} tensors, {keys[0]} the first: the answer would be noise")
     for kind in ("image", "video"):
         expected, found = getattr(config, f"{kind}_token_id"), getattr(processor, f"{kind}_token_id")
         if expected != found or processor.tokenizer.encode(getattr(processor, f"{kind}_token")) != [expected]:
@@ -208,10 +207,7 @@ def _env(arguments: argparse.Namespace) -> int:
     """Shows versions and whether they are inside the declared ranges, the GPU, what would run, and where compiled kernels are
     kept."""
     found = environment()
-    if arguments.json:
-        print(json.dumps(found, indent=1))
-    else:
-        Console(highlight=False).print(table(found))
+    print(json.dumps(found, indent=1) if arguments.json else as_text(table(found)))
     return 0
 
 

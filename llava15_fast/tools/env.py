@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 import triton
 from rich.table import Column, Table
 from rich.text import Text
+from torch.utils import collect_env
 
 import llava15_fast
 import llava15_kernels
@@ -23,55 +23,42 @@ OPTIONAL = ("peft", "torchao", "kernels")
 PACKAGES = ("python", "torch", "triton", "transformers", "accelerate", "numpy", "safetensors", "pillow", *OPTIONAL)
 """Packages whose versions matter, the last ones where they are installed."""
 
-RUNS = {
-    "cuda": "the Triton kernels, on the GPU",
-    "interpreter": "the Triton kernels, in Triton's interpreter (slow: for tests)",
-    "cpu": "their eager counterparts in torch, on the CPU",
-}
-
 
 def environment() -> dict[str, Any]:
     """Everything that `llava15-fast env` shows, as JSON can hold it. Touches no GPU's memory."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, folder = torch.device("cuda" if torch.cuda.is_available() else "cpu"), triton.knobs.cache.dir
     return {
         **{own.__name__: f"{own.__version__}, {Path(own.__file__).parent}" for own in (llava15_fast, llava15_kernels)},
         "system": platform.platform(),
         "versions": [_version(name) for name in PACKAGES],
-        "build": {"cuda": torch.version.cuda, "hip": torch.version.hip, "driver": _driver() if torch.version.cuda else None},
+        "build": {"cuda": torch.version.cuda, "hip": torch.version.hip},
+        "driver": collect_env.get_nvidia_driver_version(collect_env.run),
         "devices": [_device(index) for index in range(torch.cuda.device_count())],
         "backend": default_backend(device),
-        "runs": RUNS["cuda" if device.type == "cuda" else "interpreter" if INTERPRETED else "cpu"],
         "interpreter": INTERPRETED,
-        "kernel_cache": _cache_folder(),
+        "kernel_cache": {"folder": folder, "writable": bool(folder) and _is_writable(Path(folder))},
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(("TRITON_", "LLAVA15_"))},
     }
 
 
 def table(found: dict[str, Any]) -> Table:
     """`environment()` for people."""
-    rows = Table(Column(), Column(overflow="fold"), title="llava15-fast env", show_header=False)
-
-    def row(name: str, *parts: str | tuple[str, str]) -> None:
-        rows.add_row(Text(name), Text.assemble(*parts))  # paths may hold what rich takes for markup
-
-    for name in ("llava15_fast", "llava15_kernels", "system"):
-        row(name, found[name])
-    for package in found["versions"]:
-        name, version, declared, inside = package.values()
+    lines = {name: found[name] for name in ("llava15_fast", "llava15_kernels", "system")}
+    for name, version, declared, inside in map(dict.values, found["versions"]):
         if version or name not in OPTIONAL:
-            outside = "  OUTSIDE" if inside is False else ""
-            row(name, version or ("not installed", "red"), f"   {declared}" if declared else "", (outside, "red"))
-    row("torch was built for", ", ".join(f"{name} {value}" for name, value in found["build"].items() if value) or "CPU")
-    for device in found["devices"]:
-        row(f"GPU {device['index']}", f"{device['name']}, {device['capability']}, {device['memory_gib']} GiB")
-    if not found["devices"]:
-        row("GPU", "none that torch can use")
-    row("backend", f"{found['backend']}: {found['runs']}")
-    row("Triton's interpreter", "on" if found["interpreter"] else "off")
-    cache = found["kernel_cache"]
-    row("kernel cache", cache["folder"], ("" if cache["writable"] else "  NOT WRITABLE", "red"))
-    for name, value in found["variables"].items():
-        row(name, value)
+            outside = "OUTSIDE" if inside is False else ""
+            lines[name] = f"{version or 'not installed'}   {declared or ''}  {outside}".rstrip()
+    lines["torch was built for"] = ", ".join(f"{name} {value}" for name, value in found["build"].items() if value) or "CPU"
+    lines["driver"] = found["driver"] or "none"
+    for device in found["devices"] or [None]:
+        described = device and f"{device['name']}, {device['capability']}, {device['memory_gib']} GiB"
+        lines["GPU" if device is None else f"GPU {device['index']}"] = described or "none that torch can use"
+    lines["backend"] = found["backend"]
+    lines["Triton's interpreter"] = "on" if found["interpreter"] else "off"
+    lines["kernel cache"] = found["kernel_cache"]["folder"] + ("" if found["kernel_cache"]["writable"] else "  NOT WRITABLE")
+    rows = Table(Column(), Column(overflow="fold"), title="llava15-fast env", show_header=False)
+    for name, line in {**lines, **found["variables"]}.items():
+        rows.add_row(Text(name), Text(line))  # paths may hold what rich takes for markup
     return rows
 
 
@@ -81,25 +68,13 @@ def _version(name: str) -> dict[str, Any]:
     return {"name": name, "version": version, "declared": declared, "inside": inside}
 
 
-def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return None
-
-
 def _device(index: int) -> dict[str, Any]:
     found = torch.cuda.get_device_properties(index)
     capability = found.gcnArchName if torch.version.hip else f"sm_{found.major}{found.minor}"
-    memory = round(found.total_memory / 2**30)
-    return {"index": index, "name": found.name, "capability": capability, "memory_gib": memory}
+    return {"index": index, "name": found.name, "capability": capability, "memory_gib": round(found.total_memory / 2**30)}
 
 
-def _cache_folder() -> dict[str, Any]:
-    """Where Triton keeps compiled kernels, and whether they will be kept."""
-    folder = Path(triton.knobs.cache.dir)
-    # Triton makes the folder when it needs it; with TRITON_CACHE_DIR set to nothing it refuses to compile.
+def _is_writable(folder: Path) -> bool:
+    """Triton makes its folder of kernels when it needs it; with TRITON_CACHE_DIR set to nothing it refuses to compile."""
     present = next(path for path in (folder, *folder.parents) if path.exists())
-    writable = present.is_dir() and os.access(present, os.W_OK | os.X_OK)
-    return {"folder": triton.knobs.cache.dir, "writable": bool(triton.knobs.cache.dir) and writable}
+    return present.is_dir() and os.access(present, os.W_OK | os.X_OK)

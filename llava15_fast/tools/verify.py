@@ -184,7 +184,10 @@ def _verify(model: nn.Module, root: nn.Module, inputs: Inputs, max_new_tokens: i
     differences = partial(_differences, weight.dtype, (logits.double() - exact_logits.double()).abs().amax(-1))
     forced = tuple(differences(_margins(logits), ours_logits.argmax(-1), logits.argmax(-1), counted))
     generated = tuple(differences(margins, ours_answer, answer, (ours_answer != answer).cumsum(-1) == 1))
-    return Verification(weight.dtype, ran, tuple(parts), forced, generated, int(counted.sum()), tuple(_notes(ran)))
+    fell_back = [part for part in ("visual.encode", "language_model") if ORIGINAL in ran.get(part, "")]
+    notes = ["there is no image in the inputs: the vision tower was not compared"] * (features is None)
+    notes += [f"{part} ran without the kernels, so its blocks were not compared one by one" for part in fell_back]
+    return Verification(weight.dtype, ran, tuple(parts), forced, generated, int(counted.sum()), tuple(notes))
 
 
 def _margins(logits: Tensor) -> Tensor:
@@ -341,11 +344,3 @@ def _ran(report: Report, sees: bool) -> dict[str, str]:
     rows = [row for row in report.rows if sees or not row.path.startswith("visual")]
     calls = {row.path: [*row.ran, *(f"{ORIGINAL}: {reason}" for reason in row.fallbacks)] for row in rows}
     return {path: "; ".join(how) or "not called" for path, how in calls.items()}
-
-
-def _notes(ran: dict[str, str]) -> Iterator[str]:
-    if "visual.encode" not in ran:
-        yield "there is no image in the inputs: the vision tower was not compared"
-    for part, how in ran.items():
-        if part in ("visual.encode", "language_model") and ORIGINAL in how:
-            yield f"{part} ran without the kernels, so its blocks were not compared one by one"

@@ -120,7 +120,7 @@ def runtime_of(model):
 
 
 def captured(runtime):
-    return [slot for slot in runtime.graphs.slots if slot.is_captured]
+    return [slot for slot in runtime.graphs.slots if slot.graph is not None]
 
 
 def lent(layer):

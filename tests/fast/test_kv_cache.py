@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, Qwen3Config, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from llava15_fast.fast import limits
+from llava15_fast.fast import kv_cache, limits
+from llava15_fast.fast.guards import cache_guard
 from llava15_fast.fast.kv_cache import KVPool, PooledLayer
 
 LAYERS, HEADS, HEAD_DIM = 2, 2, 4
@@ -27,9 +28,13 @@ def states(batch, tokens):
     return torch.randn(batch, HEADS, tokens, HEAD_DIM)
 
 
+def guard(cache):
+    return cache_guard(cache, LAYERS, kv_cache.LAYERS)
+
+
 def borrow(cache, batch, tokens=0, pool=None):
     pool = pool or KVPool()
-    assert pool.guard(cache, LAYERS) is None
+    assert guard(cache) is None
     return pool.borrow(cache, LAYERS, torch.empty(batch, 0, HEADS, HEAD_DIM), tokens)
 
 
@@ -356,7 +361,7 @@ def test_idle_buffers_serve_the_same_number_of_prompts_and_are_few():
     first = borrow(DynamicCache(), 2, 30, pool)  # too many tokens
     assert first.buffers.batch == 2 and len(pool.idle) == limits.IDLE_BUFFERS
     cache = DynamicCache()
-    assert borrow(cache, 2, 3, pool).buffers.slot.is_captured
+    assert borrow(cache, 2, 3, pool).buffers.slot.graph is not None
     assert not any(side.any() for pair in buffers(cache).layers for side in pair)
     assert pool.clear() and not pool.idle and not pool.clear()
 
@@ -410,7 +415,7 @@ def test_layers_of_different_lengths_are_refused():
     cache = pooled(1)
     write_in_place(cache, 1, 3)
     cache.layers[1].crop(-1)
-    assert "different numbers of tokens" in KVPool().guard(cache, LAYERS)
+    assert "different numbers of tokens" in guard(cache)
 
 
 class OwnCache(DynamicCache):
@@ -455,7 +460,7 @@ def offloaded(cache):
 def test_other_caches_are_refused_and_left_alone(make):
     cache = make()
     layers, attributes = list(cache.layers), dict(cache.__dict__)
-    assert KVPool().guard(cache, LAYERS) is not None
+    assert guard(cache) is not None
     assert list(cache.layers) == layers and {**cache.__dict__, "layers": attributes["layers"]} == attributes
 
 

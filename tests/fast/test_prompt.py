@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llava15_fast
-from llava15_fast.fast import record
+from llava15_fast.fast import runtime
 
 OPTIONS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -55,7 +55,7 @@ def test_the_head_sees_one_position(tiny, prompt, loop):
 
 
 def test_a_slower_way_is_logged_once_and_counted(tiny, prompt, caplog):
-    record._log_fallback.cache_clear()
+    runtime._log_fallback.cache_clear()
     handle = llava15_fast.patch(tiny, "torch")
     with caplog.at_level(logging.WARNING, logger="llava15_fast"):
         for _ in range(3):

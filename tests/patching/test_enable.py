@@ -156,9 +156,11 @@ def test_run_with_nothing_to_run(tmp_path, monkeypatch):
     from llava15_fast.run import main
 
     monkeypatch.chdir(tmp_path)
-    for arguments in (["nowhere.py"], ["-m", "nowhere"], ["-m", "nowhere.inside"], ["-m", "llava15_fast.nowhere"]):
+    for arguments in (["nowhere.py"], ["-m", "nowhere"], ["-m", "nowhere.inside"]):
         with pytest.raises(SystemExit, match=rf"^no (program|module named) '{arguments[-1]}'\nusage: python -m"):
             main(arguments)
+    with pytest.raises(ImportError, match=r"No module named llava15_fast\.nowhere"):
+        main(["-m", "llava15_fast.nowhere"])
     for arguments in ([], ["-m"], ["-x"], ["-m", "--model"]):
         with pytest.raises(SystemExit, match="usage: python -m"):
             main(arguments)

@@ -34,7 +34,7 @@ STAND_IN = '''
 import atexit, json, os
 from collections import Counter
 from pathlib import Path
-from llava15_fast.fast.record import Record
+from llava15_fast.fast.runtime import Record
 
 def process_vision_info(conversations, **kwargs):
     parts = [part for talk in conversations for message in talk for part in message["content"] if isinstance(part, dict)]

@@ -2,10 +2,6 @@
 
 import ast
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -121,15 +117,3 @@ def test_a_new_version_is_told_and_tried(monkeypatch, caplog):
     monkeypatch.setattr(versions, "installed", lambda name: "5.99.0" if name == "transformers" else real(name))
     versions.check_versions()
     assert "transformers 5.99.0 is newer than what this was tested with: >=5.17,<5.25" in caplog.text
-
-
-def test_two_installations_that_are_mixed(tmp_path):
-    """A wheel's kernels under a checkout's package, say."""
-    shutil.copytree(ROOT / "kernels/llava15_kernels", tmp_path / "llava15_kernels")
-    found = []
-    for path in (f"{tmp_path}:{ROOT}", f"{ROOT}:{ROOT / 'kernels'}"):
-        command, environ = [sys.executable, "-c", "import llava15_fast"], {**os.environ, "PYTHONPATH": path}
-        result = subprocess.run(command, env=environ, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        found.append("two installations are mixed" in result.stderr)
-    assert found == [True, False]
