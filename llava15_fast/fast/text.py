@@ -124,6 +124,8 @@ def next_step(module: nn.Module, request: Request, call: TextCall) -> Step | Non
         return None
     if mask is not None and mask.shape != (batch, past + length):
         return None
+    if past < getattr(request.padding, "length", 0):  # a chunk of the prompt, which may hold padding
+        return None
     if not buffers.has_room(past, past + length):
         with_room(lambda: buffers.make_room(past, past + length))
     numbers, positions = decode_numbers(request.starts, past, length, buffers.capacity), _position_ids(call, past)

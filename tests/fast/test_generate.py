@@ -199,6 +199,9 @@ SAME_ANSWER = {
     "cache_implementation=static": ("texts", {"cache_implementation": "static"}),
     "prefill_chunk_size": ("repeating", {"prefill_chunk_size": 4}),
     "prefill_chunk_size, left-padded": ("padded", {"prefill_chunk_size": 2}),
+    "prefill_chunk_size, left-padded batch": ("texts", {"prefill_chunk_size": 2}),
+    "prefill_chunk_size=1, left-padded batch": ("texts", {"prefill_chunk_size": 1}),
+    "prefill_chunk_size, right-padded batch": ("right_padded", {"prefill_chunk_size": 2}),
 }
 
 OTHER_ANSWER = {
@@ -313,6 +316,7 @@ MAY_BE_SLOWER = {
     "batch of texts, right-padded",
     "batch of texts, one of them nothing but padding",
     "prefill_chunk_size, left-padded",
+    "prefill_chunk_size, right-padded batch",
 }
 
 
