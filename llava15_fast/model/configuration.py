@@ -122,7 +122,7 @@ class LlavaOnevision1_5Config(PreTrainedConfig):
 
     model_type = "llavaonevision1_5"
     sub_configs = {"vision_config": LlavaOnevision1_5VisionConfig, "text_config": LlavaOnevision1_5TextConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs", "video_outputs"]
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None

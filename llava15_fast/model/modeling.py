@@ -15,6 +15,7 @@ corrected behaviour.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from transformers import GenerationMixin, PreTrainedModel, Qwen3ForCausalLM, Qwe
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
 from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchMerger, VisionMlp
@@ -40,7 +41,9 @@ from llava15_kernels.vision_rope import apply_rope_tables, vision_rope_tables
 
 from .checkpoint import check_checkpoint_files, published_names, register_tensor_names
 from .configuration import LlavaOnevision1_5Config, LlavaOnevision1_5VisionConfig
-from .releases import CACHE
+from .releases import CACHE, KEEPS_TOWERS, HeadOutputWithPast, ModelOutputWithPast
+
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -335,10 +338,9 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         """The vision tower's output with `pooler_output` split: one (t*h*w/4, text width) tensor per image."""
         pixel_values = pixel_values.to(self.visual.dtype)
         # Before the tower is launched: behind it the host would wait for it.
-        grids = self.visual.check_inputs(pixel_values, image_grid_thw)
+        counts = self.feature_counts("image", pixel_values, image_grid_thw)
         output = self.visual(pixel_values, grid_thw=image_grid_thw, **{**kwargs, "return_dict": True})
-        merged = self.visual.spatial_merge_size**2
-        output.pooler_output = output.pooler_output.split([math.prod(grid) // merged for grid in grids])
+        output.pooler_output = output.pooler_output.split(counts)
         return output
 
     def get_video_features(self, pixel_values_videos: Tensor, video_grid_thw: Tensor, **kwargs: Any) -> Any:
@@ -353,16 +355,18 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         placeholder = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
         return (inputs_embeds == placeholder).all(-1)
 
-    def check_placeholders(self, kind: str, mask: Tensor, pixels: Tensor | None, grid_thw: Tensor | None) -> None:
-        """Raises ValueError where the number of placeholders is not that of features, or grids and pixels do not match."""
-        if pixels is not None and grid_thw is None:
+    def feature_counts(self, kind: str, pixels: Tensor, grid_thw: Tensor | None) -> list[int]:
+        """Per image or video. Raises ValueError where grids and pixels do not match."""
+        if grid_thw is None:
             raise ValueError(f"{kind} pixels were passed without {kind}_grid_thw")
-        grids = [] if pixels is None else self.visual.check_inputs(pixels, grid_thw)
-        features = sum(map(math.prod, grids)) // self.visual.spatial_merge_size**2
+        return [math.prod(grid) // self.visual.spatial_merge_size**2 for grid in self.visual.check_inputs(pixels, grid_thw)]
+
+    def check_placeholders(self, kind: str, mask: Tensor, features: int) -> None:
+        """Raises ValueError where the number of placeholders is not that of features."""
         if (count := int(mask.sum())) != features:
             found = f"{count} {kind} placeholder tokens (id {getattr(self.config, f'{kind}_token_id')}) in the prompt"
             unequal = f"the {kind} inputs give {features} features: they must be equal"
-            raise ValueError(f"{found}, but {unequal if grids else f'no {kind} pixels were passed'}")
+            raise ValueError(f"{found}, but {unequal if features else f'no {kind} pixels were passed'}")
 
     def check_pixels(self, input_ids: Tensor, cache: Cache | None, **pixels: Tensor | None) -> None:
         """Raises ValueError where a prompt has placeholders of a kind ("image", "video") of which there are no pixels. Behind a
@@ -371,7 +375,7 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         if unknown or (cache is not None and cache.get_seq_length()):
             return
         for kind in (kind for kind, given in pixels.items() if given is None):
-            self.check_placeholders(kind, input_ids == getattr(self.config, f"{kind}_token_id"), None, None)
+            self.check_placeholders(kind, input_ids == getattr(self.config, f"{kind}_token_id"), 0)
 
     @can_return_tuple
     def forward(
@@ -379,8 +383,8 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
         pixel_values: Tensor | None = None, pixel_values_videos: Tensor | None = None, image_grid_thw: Tensor | None = None,
         video_grid_thw: Tensor | None = None, mm_token_type_ids: Tensor | None = None, cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple | BaseModelOutputWithPast:  # fmt: skip
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None, **kwargs: Any,
+    ) -> tuple | ModelOutputWithPast:  # fmt: skip
         """
         Args:
             input_ids: (B, L) token ids, or `inputs_embeds` (B, L, width) in their place.
@@ -390,35 +394,42 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
             pixel_values_videos: the same for video frames, with `video_grid_thw` (videos, 3).
             mm_token_type_ids: accepted for callers that pass every processor output; not needed.
             cache: `past_key_values` by its newer name (`releases.py`).
+            mm_encoder_outputs: {"image": what `get_image_features` gave, "video": ...}, in the place of pixels.
 
         Raises:
             ValueError: placeholders and features, or grids and pixels, do not match; or a prompt, which is what nothing is
                 cached before, has placeholders without pixels.
         """
         cache = past_key_values if cache is None else cache
+        encoded = {kind: output for kind, output in (mm_encoder_outputs or {}).items() if output is not None}
+        # On the host before the first tower is launched: behind it a read would wait for it.
+        grids = {"image": image_grid_thw, "video": video_grid_thw}
+        grids = {kind: grid.cpu() if isinstance(grid, Tensor) else grid for kind, grid in grids.items()}
+        pixels = {"image": pixel_values, "video": pixel_values_videos}
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             check_device("input_ids", input_ids, self.get_input_embeddings())
             if cache is None:  # `generate` has looked
-                self.check_pixels(input_ids, cache, image=pixel_values, video=pixel_values_videos)
+                self.check_pixels(input_ids, cache, **{kind: encoded.get(kind, given) for kind, given in pixels.items()})
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        pictures = []
-        given = (("image", pixel_values, image_grid_thw), ("video", pixel_values_videos, video_grid_thw))
-        for kind, pixels, grid_thw in given:
-            if pixels is not None:
-                # Read on the host, before the first tower is launched: behind it a read would wait for it.
-                grid_thw = grid_thw.cpu() if isinstance(grid_thw, Tensor) else grid_thw
-                mask = self.placeholder_mask(kind, input_ids, inputs_embeds)
-                self.check_placeholders(kind, mask, pixels, grid_thw)
-                pictures.append((mask, pixels, grid_thw))
-        for mask, pixels, grid_thw in pictures:
-            features = torch.cat(self.get_image_features(pixels, grid_thw, return_dict=True).pooler_output)
-            features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+        masks = {}
+        for kind in (kind for kind, given in pixels.items() if given is not None or kind in encoded):
+            if kind in encoded and pixels[kind] is not None:
+                raise ValueError(f"{kind}s were passed as pixels and in mm_encoder_outputs, expected one of these")
+            masks[kind] = self.placeholder_mask(kind, input_ids, inputs_embeds)
+            known = encoded[kind].pooler_output if kind in encoded else None
+            counts = self.feature_counts(kind, pixels[kind], grids[kind]) if known is None else map(len, known)
+            self.check_placeholders(kind, masks[kind], sum(counts))
+        for kind, mask in masks.items():
+            if kind not in encoded:
+                encoded[kind] = self.get_image_features(pixels[kind], grids[kind], return_dict=True)
+            features = torch.cat(tuple(encoded[kind].pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(mask.to(inputs_embeds.device)[..., None], features)
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        kwargs[CACHE] = cache
-        return self.language_model(**inputs, use_cache=use_cache, **kwargs)
+        outputs = self.language_model(**inputs, use_cache=use_cache, **{**kwargs, CACHE: cache, "return_dict": True})
+        towers = {f"{kind}_outputs": encoded.get(kind) for kind in pixels} if KEEPS_TOWERS else {}
+        return ModelOutputWithPast(**outputs, **towers)
 
 
 class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel, GenerationMixin):
@@ -437,34 +448,44 @@ class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, input_ids: Tensor | None = None, **model_kwargs: Any
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Repeats each prompt for beams and several answers. Its images are repeated as a whole, not row by row.
+        """Repeats each prompt for beams and several answers. Its images are encoded once, and their features repeated.
 
         Pixels are asked for here, where `generate` still has what it was given: an assistant's forwards come without them.
         """
-        names, expanded, merged = (
-            {"image": "pixel_values", "video": "pixel_values_videos"},
-            {},
-            self.model.visual.spatial_merge_size**2,
-        )
+        encoded = {**(model_kwargs.pop("mm_encoder_outputs", None) or {})}
+        given = {kind: encoded.get(kind, model_kwargs.get(name)) for kind, name in PIXELS.items()}
         if input_ids is not None:
-            given = {kind: model_kwargs.get(name) for kind, name in names.items()}
             self.model.check_pixels(input_ids, model_kwargs.get(CACHE), **given)
-        for kind, name in names.items() if expand_size > 1 else ():
-            pixels, grid_thw = model_kwargs.pop(name, None), model_kwargs.pop(f"{kind}_grid_thw", None)
-            if pixels is None or grid_thw is None:
-                continue
+        for kind in (kind for kind in PIXELS if expand_size > 1 and given[kind] is not None):
             mask = self.model.placeholder_mask(kind, input_ids, model_kwargs.get("inputs_embeds"))
-            ends = [0, *accumulate(grid_thw.prod(-1).tolist())]
-            bounds = [0, *accumulate(merged * tokens for tokens in mask.sum(-1).tolist())]
+            bounds = [0, *accumulate(mask.sum(-1).tolist())]
+            if encoded.get(kind) is None:
+                pixels, grid_thw = model_kwargs.pop(PIXELS[kind]), model_kwargs.pop(f"{kind}_grid_thw", None)
+                encoded[kind] = self.get_image_features(pixels, grid_thw, return_dict=True)
+            features = encoded[kind].pooler_output
+            ends = [0, *accumulate(map(len, features))]
             if not {*bounds} <= {*ends} or bounds[-1] != ends[-1]:
-                raise ValueError(f"placeholders of the prompts end at patches {bounds[1:]}, but those of {kind}s at {ends[1:]}")
-            images = [ends.index(bound) for bound in bounds]
-            for key, value, cuts in ((name, pixels, bounds), (f"{kind}_grid_thw", grid_thw, images)):
-                expanded[key] = torch.cat([value[a:b] for a, b in pairwise(cuts) for _ in range(expand_size)])
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, input_ids=input_ids, **model_kwargs
-        )
-        return input_ids, {**model_kwargs, **expanded}
+                raise ValueError(f"placeholders of the prompts end at {bounds[1:]}, but the features of {kind}s at {ends[1:]}")
+            cuts = pairwise(ends.index(bound) for bound in bounds)
+            repeated = [one for a, b in cuts for one in [*features[a:b]] * expand_size]
+            encoded[kind] = BaseModelOutputWithPooling(pooler_output=repeated)
+        expand = super()._expand_inputs_for_generation
+        input_ids, model_kwargs = expand(expand_size=expand_size, input_ids=input_ids, **model_kwargs)
+        return input_ids, {**model_kwargs, **({"mm_encoder_outputs": encoded} if encoded else {})}
+
+    def _maybe_prepare_encoder_kwargs_for_generation(self, inputs: Any, model_kwargs: Any, name: Any, config: Any) -> Any:
+        """Images are encoded before the prompt only if it comes in chunks: its forward has nothing to wait for."""
+        prepare = super()._maybe_prepare_encoder_kwargs_for_generation
+        return model_kwargs if config.prefill_chunk_size is None else prepare(inputs, model_kwargs, name, config)
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """As transformers', whose older releases take a prompt's first chunk for a step, and keep features for all steps."""
+        if not KEEPS_TOWERS and (cache := kwargs.get(CACHE)) is not None and not cache.is_compileable:
+            is_first_iteration |= cache.get_seq_length() == 0
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            kwargs.pop("mm_encoder_outputs", None)
+        return super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
 
     def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor, **kwargs: Any) -> Any:
         """See `LlavaOnevision1_5Model.get_image_features`."""
@@ -480,8 +501,9 @@ class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel
         past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
         use_cache: bool | None = None, pixel_values: Tensor | None = None, pixel_values_videos: Tensor | None = None,
         image_grid_thw: Tensor | None = None, video_grid_thw: Tensor | None = None, mm_token_type_ids: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0, cache: Cache | None = None, **kwargs: Any,
-    ) -> tuple | CausalLMOutputWithPast:  # fmt: skip
+        logits_to_keep: int | Tensor = 0, cache: Cache | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None, **kwargs: Any,
+    ) -> tuple | HeadOutputWithPast:  # fmt: skip
         """As `LlavaOnevision1_5Model.forward`, plus
 
         Args:
@@ -492,12 +514,12 @@ class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
             past_key_values=past_key_values if cache is None else cache, use_cache=use_cache, pixel_values=pixel_values,
             pixel_values_videos=pixel_values_videos, image_grid_thw=image_grid_thw, video_grid_thw=video_grid_thw,
-            **{**kwargs, "return_dict": True},
+            mm_encoder_outputs=mm_encoder_outputs, **{**kwargs, "return_dict": True},
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
-        kept = {name: getattr(outputs, name) for name in ("hidden_states", "attentions", CACHE)}
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **kept)
+        others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return HeadOutputWithPast(loss=loss, logits=logits, **others)

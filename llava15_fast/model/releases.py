@@ -2,7 +2,7 @@
 
 import inspect
 
-from transformers import ProcessorMixin, Qwen3Model
+from transformers import ProcessorMixin, Qwen3Model, modeling_outputs
 
 CACHE = "cache" if "cache" in inspect.signature(Qwen3Model.forward).parameters else "past_key_values"
 """The name of the key/value cache among arguments and outputs: `cache` from transformers 5.24 on.
@@ -12,3 +12,9 @@ Our own forwards take it under either name, with every release."""
 ADJUSTS_MASKS = hasattr(ProcessorMixin, "_adjust_assistant_masks_indices")
 SANITIZES = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
 """Whether `apply_chat_template` counts placeholders in its mask of the assistant's tokens, and keeps control tokens out."""
+
+KEEPS_TOWERS = hasattr(modeling_outputs, "MultimodalCausalLMOutputWithPast")
+"""Whether outputs have fields for those of the vision tower."""
+_KIND = "Multimodal" if KEEPS_TOWERS else ""
+ModelOutputWithPast = getattr(modeling_outputs, f"{_KIND}BaseModelOutputWithPast")
+HeadOutputWithPast = getattr(modeling_outputs, f"{_KIND}CausalLMOutputWithPast")

@@ -22,7 +22,7 @@ from transformers.models.auto import modeling_auto
 
 import llava15_fast
 from llava15_fast import LlavaOnevision1_5Config, LlavaOnevision1_5ForConditionalGeneration
-from llava15_fast.model.releases import CACHE
+from llava15_fast.model.releases import CACHE, KEEPS_TOWERS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = GOLDEN / "tiny_hub"
@@ -113,6 +113,70 @@ def test_the_cache_is_taken_by_either_name(tiny, mode, name):
         output = model(input_ids=ids[:, 6:], **{name: cache})
         logits = tiny.lm_head(output.last_hidden_state) if hidden else output.logits
         assert largest(logits, expected) < 1e-5 and getattr(output, CACHE) is cache and cache.get_seq_length() == 10
+
+
+@torch.no_grad()
+def towers(model, inputs):
+    """`mm_encoder_outputs` of the inputs' pixels, and the inputs without them."""
+    rest, outputs = dict(inputs), {}
+    for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        if name in rest:
+            outputs[kind] = model.get_image_features(rest.pop(name), rest.pop(f"{kind}_grid_thw"))
+    return outputs, rest
+
+
+@pytest.mark.parametrize("mode", [None, "torch"])
+@pytest.mark.parametrize("case", ["two_images", "video", "batch_left_pad"])
+def test_what_the_tower_made_stands_for_pixels(tiny, golden, case, mode):
+    inputs = {name: value for name, value in golden[case][0].items() if name != "labels"}
+    if mode is not None:
+        llava15_fast.patch(tiny, mode)
+    outputs, rest = towers(tiny, inputs)
+    with torch.no_grad():
+        expected, found = tiny(**inputs), tiny(**rest, mm_encoder_outputs=outputs)
+    assert torch.equal(found.logits, expected.logits)
+    if KEEPS_TOWERS:
+        for kind, output in outputs.items():
+            assert found[f"{kind}_outputs"] is output and torch.is_tensor(expected[f"{kind}_outputs"].last_hidden_state)
+    (kind,) = outputs
+    greedy = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for options in (greedy, {**greedy, "num_beams": 2}):
+        expected = tiny.generate(**inputs, **options)
+        assert torch.equal(tiny.generate(**rest, mm_encoder_outputs=outputs, **options), expected)
+    assert len(outputs[kind].pooler_output) == len(golden[case][0][f"{kind}_grid_thw"])  # as it was
+    with pytest.raises(ValueError, match="passed as pixels and in mm_encoder_outputs"):
+        tiny(**inputs, mm_encoder_outputs=outputs)
+    outputs[kind].pooler_output = outputs[kind].pooler_output[:-1] or [outputs[kind].last_hidden_state[:1]]
+    with pytest.raises(ValueError, match=f"{kind} placeholder tokens"):
+        tiny(**rest, mm_encoder_outputs=outputs)
+
+
+@pytest.mark.parametrize("mode", [None, "torch"])
+@pytest.mark.parametrize("chunk", [1, 5, 8])
+@pytest.mark.parametrize("case", ["two_images", "video", "batch_left_pad"])
+def test_a_prompt_with_images_comes_in_chunks(tiny, golden, case, chunk, mode):
+    inputs = {name: value for name, value in golden[case][0].items() if name != "labels"}
+    if mode is not None:
+        llava15_fast.patch(tiny, mode)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    if not KEEPS_TOWERS:
+        with pytest.raises(ValueError, match="placeholder tokens"):
+            tiny.generate(**inputs, **options, prefill_chunk_size=chunk)
+        return
+    expected = tiny.generate(**inputs, **options)
+    for beams in ({}, {"num_beams": 2}):
+        expected = tiny.generate(**inputs, **options, **beams)
+        assert torch.equal(tiny.generate(**inputs, **options, **beams, prefill_chunk_size=chunk), expected)
+
+
+def test_beams_encode_an_image_once(tiny, golden, monkeypatch):
+    inputs, seen, forward = golden["two_images"][0], [], tiny.model.visual.forward
+    monkeypatch.setattr(
+        tiny.model.visual, "forward", lambda pixels, *a, **k: seen.append(len(pixels)) or forward(pixels, *a, **k)
+    )
+    inputs = {name: value for name, value in inputs.items() if name != "labels"}
+    tiny.generate(**inputs, max_new_tokens=2, num_beams=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert seen == [len(inputs["pixel_values"])]
 
 
 @pytest.mark.parametrize(
