@@ -8,6 +8,10 @@
 #              the same on releases beyond what is declared
 # make test-others
 #              what is tested together with lmms-eval, PEFT, torchao and Hugging Face's kernels, beside these
+# make test-mixins
+#              transformers' own tests of models and processors on ours, plain and patched, from its source distribution
+# make test-mixins TRANSFORMERS_SRC=DIR
+#              from a checkout of the same version, where those of generation are too
 # All set up their environment first. TORCH_ARGS is what pip is given for torch; by default a CPU build where there is no NVIDIA GPU.
 
 PYTHON ?= python3
@@ -28,6 +32,8 @@ OTHERS := peft torchao kernels==0.16.2 datasets decord evaluate jsonlines levens
 OTHERS_ALONE := lmms-eval==0.7.3 latex2sympy2==1.9.1
 # What is installed without what it asks for.
 ALONE ?=
+# Where transformers' own tests are.
+TRANSFORMERS_SRC ?=
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 
 ifdef TORCH_ARGS
@@ -40,7 +46,7 @@ INSTALL_TORCH = $(BIN)/pip install --quiet torch==$(TORCH_VERSION)+cpu || \
 	$(BIN)/pip install --quiet torch==$(TORCH_VERSION)+cpu --index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: demo test test-oldest test-newest test-next test-others lint clean
+.PHONY: demo test test-oldest test-newest test-next test-others test-mixins lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/llava15-fast demo
@@ -61,6 +67,11 @@ test-others:
 	$(MAKE) test VENV=.venv-others PINS='$(OTHERS)' ALONE='$(OTHERS_ALONE)' \
 		TESTS="tests/patching/test_lmms_eval.py tests/patching/test_peft.py tests/patching/test_interference.py tests/tools/test_environment.py"
 
+test-mixins: $(if $(TRANSFORMERS_SRC),$(VENV)/ready,$(VENV)/transformers-src/ready)
+	$(BIN)/pip install --quiet parameterized
+	TRANSFORMERS_SRC='$(or $(TRANSFORMERS_SRC),$(VENV)/transformers-src)' OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n $(JOBS) tests/mixins
+
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 
@@ -70,6 +81,12 @@ $(VENV)/ready: setup.py pyproject.toml
 	$(INSTALL_TORCH)
 	$(BIN)/pip install --quiet --editable '.[dev,benchmarks]' $(PINS)
 	$(if $(ALONE),$(BIN)/pip install --quiet --no-deps $(ALONE))
+	touch $@
+
+$(VENV)/transformers-src/ready: $(VENV)/ready
+	rm -rf $(@D)
+	$(BIN)/pip download --quiet --no-deps --no-binary transformers --dest $(@D) "$$($(BIN)/pip freeze | grep ^transformers==)"
+	tar -xzf $(@D)/transformers-*.tar.gz -C $(@D) --strip-components=1
 	touch $@
 
 clean:

@@ -147,8 +147,9 @@ class LlavaOnevision1_5VisionAttention(Qwen2_5_VLVisionAttention):
 
     def forward(
         self, hidden_states: Tensor, layout: VisionLayout, cos: Tensor, sin: Tensor, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """(S, hidden) -> (S, hidden), and the attention weights where the implementation returns them."""
+    ) -> tuple[Tensor, Tensor | tuple[Tensor, ...] | None]:
+        """(S, hidden) -> (S, hidden), and the attention weights where the implementation returns them, of several segments a
+        tuple."""
         query, key, value = self.qkv(hidden_states).view(-1, 3, self.num_heads, self.head_dim).unbind(1)
         query, key = apply_rope_tables(query, key, cos, sin)
 
@@ -156,10 +157,9 @@ class LlavaOnevision1_5VisionAttention(Qwen2_5_VLVisionAttention):
         dropout = self.attention_dropout if self.training else 0.0
         options = dict(attention_mask=None, scaling=self.scaling, dropout=dropout, is_causal=False, **kwargs)
         segments = (tensor.transpose(0, 1)[None].split(layout.lengths, dim=2) for tensor in (query, key, value))
-        results = [attention(self, *segment, **options) for segment in zip(*segments, strict=True)]
-        hidden_states = torch.cat([output for output, _ in results], dim=1).reshape(hidden_states.shape)
-        # Weights of one segment only would be a wrong answer for several.
-        return self.proj(hidden_states), results[0][1] if len(results) == 1 else None
+        outputs, weights = zip(*(attention(self, *segment, **options) for segment in zip(*segments, strict=True)), strict=True)
+        hidden_states = torch.cat(outputs, dim=1).reshape(hidden_states.shape)
+        return self.proj(hidden_states), weights[0] if len(weights) == 1 or weights[0] is None else weights
 
 
 class LlavaOnevision1_5VisionBlock(GradientCheckpointingLayer):

@@ -293,11 +293,6 @@ class LlavaOnevision1_5Processor(Qwen2VLProcessor):
         except StrictDataclassError as error:
             raise ValueError(_short(str(error))) from None
         images, videos = merged["images_kwargs"], merged["videos_kwargs"]
-        for name in ("fps", "num_frames", "do_sample_frames"):
-            if videos.get(name):
-                raise ValueError(f"{name} is {videos[name]!r}: a video is given as its frames, of which all are taken")
-        for name in VideosKwargs.__annotations__.keys() - self.image_processor.valid_kwargs.__annotations__.keys():
-            videos.pop(name, None)
         for options in (images, videos):
             for name in ("patch_size", "merge_size", "temporal_patch_size"):
                 if options.get(name, (fixed := getattr(self.image_processor, name))) != fixed:
@@ -311,6 +306,9 @@ class LlavaOnevision1_5Processor(Qwen2VLProcessor):
         return super()._process_images([image for group in images for image in group], **options)
 
     def _process_videos(self, videos: list[list[list[np.ndarray]]], **options: Any) -> tuple[Any, list[str]]:
+        for name in VideosKwargs.__annotations__.keys() - self.image_processor.valid_kwargs.__annotations__.keys():
+            if (given := options.pop(name, None)) and name in ("fps", "num_frames", "do_sample_frames"):
+                raise ValueError(f"{name} is {given!r}: a video is given as its frames, of which all are taken")
         clips = [self.image_processor(one, **{**options, "return_tensors": "np"}) for group in videos for one in group]
         grids = np.array([[len(clip["image_grid_thw"]), *clip["image_grid_thw"][0, 1:]] for clip in clips])
         for clip, grid in zip(clips, grids, strict=True):

@@ -67,6 +67,21 @@ def test_vision_tower_gives_the_originals_numbers(model, golden, case):
             assert largest(ours, expected[stage]) < 1e-4, stage
 
 
+@torch.no_grad()
+def test_the_vision_towers_attention_weights(model, golden):
+    """One tensor per layer, or one per segment."""
+    model.set_attn_implementation("eager")
+    for case in ("vision_1x4x6", "vision_three_images"):
+        inputs, _, _ = golden[case]
+        found = model.model.visual(**inputs, output_attentions=True).attentions
+        lengths = [t * h * w + 1 for t, h, w in inputs["grid_thw"].tolist()]
+        assert len(found) == model.config.vision_config.depth
+        for weights in found:
+            weights = [weights] if len(lengths) == 1 else weights
+            assert [tuple(one.shape) for one in weights] == [(1, 4, length, length) for length in lengths]
+            assert all(largest(one.sum(-1), torch.ones(())) < 1e-5 for one in weights)
+
+
 @pytest.mark.parametrize("case", ["vision_1x4x6", "vision_two_images", "vision_video_3x4x4", "vision_three_images"])
 def test_rotary_tables_and_segments_are_the_originals(tiny, golden, case):
     from llava15_fast.model.modeling import VisionLayout

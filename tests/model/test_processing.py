@@ -434,6 +434,7 @@ def test_one_option_given_twice(processor, options):
 def test_frames_are_not_sampled(processor, options):
     with pytest.raises(ValueError, match=r"(fps|num_frames|do_sample_frames) is .*of which all are taken"):
         processor(videos=[[picture(56, 56)]], text=VIDEO, **options)
+    assert "pixel_values" in processor(images=picture(), text=IMAGE, **options)  # where there is no video they are nothing
 
 
 def test_token_types_for_who_asks(processor):
