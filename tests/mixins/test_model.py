@@ -6,8 +6,13 @@ import unittest.mock
 import pytest
 import torch
 from transformers.models.auto import modeling_auto
-from transformers_tests.generation.test_utils import GenerationTesterMixin
-from transformers_tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor, torch_device
+from transformers_tests.test_modeling_common import (
+    GenerationTesterMixin,
+    ModelTesterMixin,
+    floats_tensor,
+    ids_tensor,
+    torch_device,
+)
 
 import llava15_fast
 from llava15_fast import LlavaOnevision1_5Config, LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Model
@@ -60,6 +65,11 @@ class PlainTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
         inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels)
         found = (inputs.get("input_ids", torch.zeros(1)) == Tester.image_id).sum().item() // 4
         return {**images(found), **inputs} if found else inputs
+
+    def prepare_config_and_inputs_for_generate(self, batch_size=2):
+        """The first rows; those of pixels are patches."""
+        config, inputs = super().prepare_config_and_inputs_for_generate(batch_size)
+        return config, {**inputs, **images(batch_size)}
 
 
 class PatchedTest(PlainTest):
