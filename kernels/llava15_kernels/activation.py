@@ -8,6 +8,16 @@ Shazeer, https://arxiv.org/abs/2002.05202; Hendrycks and Gimpel, https://arxiv.o
 
     silu_and_mul    x (..., 2 N), or a and b (..., N) -> (..., N)
     gelu            x (..., N), bias (N,) or None -> (..., N)
+
+The tails in float32 against float64, for 32768 values up to 104 away from 0; code for sm_90 executed by an interpreter of PTX, and
+the torch backend on a CPU:
+
+    largest error               sm_90       torch
+    silu, relative, a > -1      1.2e-7      1.2e-7
+                    a > -20     9.6e-7      1.4e-7      exp is 2^(a log2 e), whose exponent is rounded
+                    a > -80     3.7e-6      1.1e-7      0 below -88.7, where exp(-a) overflows: |silu| < 3e-37
+    gelu, relative, t > -1      1.6e-7      3.0e-7
+          absolute, t < -1      1.3e-7      9.3e-7      1 + erf cancels: 0 below -5.5, where |gelu| < 1e-7
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def check_checkpoint_files(name: Any, subfolder: str = "", variant: str | None =
 def _check_folder(folder: Path, variant: str | None) -> None:
     for index in folder.glob("*.safetensors.index*.json"):
         for file in _files_of(index):
-            if Path(file).name != file:
+            if not file or Path(file).name != file:
                 raise OSError(f"{index} names the file {file!r}, expected a file of the same folder")
     single = folder / _add_variant("model.safetensors", variant)
     index = folder / _add_variant("model.safetensors.index.json", variant)

@@ -25,18 +25,21 @@ RULES = {
     "layers": (lambda value: type(value) is int and 0 < value <= MAX_LAYERS, f"a whole number from 1 to {MAX_LAYERS}"),
     "sizes": (lambda value: type(value) is int and value > 0, "a whole number of at least 1"),
     "numbers": (lambda value: type(value) in (int, float) and 0 <= value < float("inf"), "a number of at least 0"),
+    "bases": (lambda value: type(value) in (int, float) and 0 < value < float("inf"), "a number above 0"),
+    "ids": (lambda value: type(value) is int and value >= 0, "a whole number of at least 0"),
+    "mappings": (lambda value: value is None or isinstance(value, dict) or hasattr(value, "to_dict"), "a mapping"),
     "activations": (lambda value: value in ACT2FN, "an activation that transformers knows"),
 }
 """What a field has to be. Zero layers or heads would load, and answer, without the weights of the file."""
 
 
-def _check(config: PreTrainedConfig, part: str, **names: list[str]) -> None:
+def _check(part: str, fields: dict[str, Any], **names: list[str]) -> None:
     """Raises ValueError where a field breaks the rule that it is named for."""
-    for rule, fields in names.items():
+    for rule, fields_of_rule in names.items():
         holds, expected = RULES[rule]
-        for name in fields:
-            if not holds(value := getattr(config, name)):
-                raise ValueError(f"{part} {name} is {value!r}, expected {expected}")
+        for name in fields_of_rule:
+            if not holds(value := fields.get(name)):
+                raise ValueError(f"{part}{name} is {value!r}, expected {expected}")
 
 
 class LlavaOnevision1_5VisionConfig(PreTrainedConfig):
@@ -71,8 +74,15 @@ class LlavaOnevision1_5VisionConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         sizes = ["hidden_size", "intermediate_size", "num_heads", "text_hidden_size", "in_channels", "patch_size"]
         sizes.append("spatial_merge_size")
-        numbers = ["layer_norm_eps", "rope_theta", "attention_dropout", "initializer_range"]
-        _check(self, "vision", layers=["depth"], sizes=sizes, numbers=numbers, activations=["hidden_act"])
+        numbers = ["layer_norm_eps", "attention_dropout", "initializer_range"]
+        rules = {
+            "layers": ["depth"],
+            "sizes": sizes,
+            "numbers": numbers,
+            "activations": ["hidden_act"],
+            "bases": ["rope_theta"],
+        }
+        _check("vision ", vars(self), **rules)
         if self.hidden_size % (4 * self.num_heads):
             found = f"vision hidden_size {self.hidden_size} with num_heads {self.num_heads}"
             raise ValueError(f"{found}: 2D RoPE needs a head_dim that is a multiple of 4")
@@ -101,7 +111,13 @@ class LlavaOnevision1_5TextConfig(Qwen3Config):
         super().__post_init__(**kwargs)
         sizes = ["hidden_size", "intermediate_size", "vocab_size", "head_dim", "num_attention_heads", "num_key_value_heads"]
         numbers = ["rms_norm_eps", "attention_dropout", "initializer_range"]
-        _check(self, "text", layers=["num_hidden_layers"], sizes=sizes, numbers=numbers, activations=["hidden_act"])
+        rules = {"layers": ["num_hidden_layers"], "sizes": sizes, "numbers": numbers, "activations": ["hidden_act"]}
+        _check("text ", vars(self), **rules)
+        _check("text ", {"rope_theta": self.default_theta, **self.rope_parameters}, bases=["rope_theta"])
+        if len(self.layer_types) < self.num_hidden_layers:
+            raise ValueError(
+                f"text layer_types is {self.layer_types}, expected one for each of {self.num_hidden_layers} layers"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             found = f"text num_attention_heads {self.num_attention_heads}"
             raise ValueError(f"{found} is no multiple of num_key_value_heads {self.num_key_value_heads}")
@@ -141,6 +157,7 @@ class LlavaOnevision1_5Config(PreTrainedConfig):
         # The published top level repeats this key; the text configuration is the one that counts.
         kwargs.pop("vocab_size", None)
         super().__post_init__(**kwargs)
+        _check("", vars(self), ids=["image_token_id", "video_token_id"])
         if (found := self.vision_config.text_hidden_size) != width:
             raise ValueError(f"vision text_hidden_size {found} must equal the text hidden_size {width}")
 
@@ -153,6 +170,7 @@ class LlavaOnevision1_5Config(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers'. The caller alone chooses `attention`: a file might name a repository, whose code would run."""
+        _check("", config_dict, mappings=["text_config", "vision_config", "id2label", "label2id", "quantization_config"])
         ignored = ("model_type", "attn_implementation", "_attn_implementation")
         return super().from_dict({key: value for key, value in config_dict.items() if key not in ignored}, **kwargs)
 

@@ -124,8 +124,11 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     if not isinstance(config, known):
         raise ValueError(f"{folder} holds a model of type {config.model_type!r}, expected {known.model_type!r}")
     processor = AutoProcessor.from_pretrained(folder)
-    placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
-    model, report = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", output_loading_info=True, **placement)
+    options = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}  # said below, by their names
+    options |= {"device_map": "auto"} if torch.cuda.is_available() else {}
+    model, report = AutoModelForImageTextToText.from_pretrained(folder, **options)
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        raise ValueError(f"{folder}: {name} has shape {tuple(found)}, expected {tuple(expected)} by the configuration")
     for kind, problem in (("missing", "lacks"), ("unexpected", "has, against its configuration,")):
         if keys := sorted(report[f"{kind}_keys"]):
             raise ValueError(f"{folder} {problem} {len(keys)} tensors, {keys[0]} the first: the answer would be noise")

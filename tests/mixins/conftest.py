@@ -21,7 +21,6 @@ FAILURES = {
     "test_flat_kwarg_applied_when_modality_dict_lacks_it": (ASSUMED, "audio may be passed to a model that takes none"),
     "test_model_input_names": (ASSUMED, "audio may be passed to a model that takes none"),
     "test_model_rope_scaling_from_config": (ASSUMED, "random ids may hold placeholders of images that are not passed"),
-    "test_multimodal_outputs_are_returned": (OURS, "image_outputs"),
     "test_processor_with_multiple_inputs": (ASSUMED, "a text may hold a placeholder of a video that is not passed"),
     "test_reverse_loading_mapping": (ASSUMED, "all tensor names that are read are written; of two formats one is"),
 }

@@ -462,6 +462,25 @@ def test_missing_and_corrupt_weights_are_named(tmp_path, file, content):
         AutoModelForImageTextToText.from_pretrained(tmp_path)
 
 
+ABSURD = [
+    ("text_config.layer_types", []), ("text_config.layer_types", ["full_attention"]), ("text_config.num_hidden_layers", 0),
+    ("text_config.rope_parameters", {"rope_type": "default", "rope_theta": 0}), ("text_config", "x"), ("text_config", []),
+    ("vision_config.patch_size", 0), ("vision_config.patch_size", [14, 14]), ("vision_config.rope_theta", 0),
+    ("vision_config", [1]), ("image_token_id", -1), ("video_token_id", "x"), ("id2label", []), ("quantization_config", ["x"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), ABSURD, ids=[f"{field}={value}" for field, value in ABSURD])
+def test_an_absurd_configuration_is_named(tmp_path, field, value):
+    config = json.loads((TINY / "config.json").read_text())
+    *part, name = field.split(".")
+    (config[part[0]] if part else config)[name] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    named = "rope_theta" if name == "rope_parameters" else name
+    with pytest.raises(ValueError, match=rf"{named} is .*, expected "):
+        AutoConfig.from_pretrained(tmp_path)
+
+
 def test_a_missing_shard_is_named(tiny, tmp_path):
     tiny.save_pretrained(tmp_path, max_shard_size="300KB")
     shard = sorted(tmp_path.glob("*.safetensors"))[1]

@@ -117,6 +117,10 @@ def test_an_incomplete_checkpoint_is_refused(here, tmp_path):
     tensors = {name: value for name, value in load_file(CHECKPOINT / "model.safetensors").items() if "blocks.0" not in name}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     fails(here("generate", "--model", str(tmp_path), "--prompt", "x"), "lacks 12 tensors")
+    tensors = {name: value[:5] if name.endswith("merger.ln_q.weight") else value for name, value in tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    message = "model.visual.merger.ln_q.weight has shape (5,), expected (128,) by the configuration"
+    fails(here("generate", "--model", str(tmp_path), "--prompt", "x"), message)
     (tmp_path / "tokenizer.json").write_text("{")
     fails(here("generate", "--model", str(tmp_path), "--prompt", "x"), "cannot load the tokenizer")
     fails(here("generate", "--model", "nowhere", "--prompt", "x"), "no checkpoint folder 'nowhere'")
