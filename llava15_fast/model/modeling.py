@@ -410,7 +410,7 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             check_device("input_ids", input_ids, self.get_input_embeddings())
-            if cache is None:  # `generate` has looked
+            if cache is None and mm_encoder_outputs is None:  # `generate` has looked
                 self.check_pixels(input_ids, cache, **{kind: encoded.get(kind, given) for kind, given in pixels.items()})
             inputs_embeds = self.get_input_embeddings()(input_ids)
         masks = {}
@@ -483,7 +483,9 @@ class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel
         """As transformers', whose older releases take a prompt's first chunk for a step, and keep features for all steps."""
         if not KEEPS_TOWERS and (cache := kwargs.get(CACHE)) is not None and not cache.is_compileable:
             is_first_iteration |= cache.get_seq_length() == 0
-        if not is_first_iteration and kwargs.get("use_cache", True):
+        if not kwargs.get("use_cache", True):
+            kwargs.setdefault("mm_encoder_outputs", {})  # placeholders may be tokens that the model has sampled
+        elif not is_first_iteration:
             kwargs.pop("mm_encoder_outputs", None)
         return super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
 

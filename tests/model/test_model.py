@@ -263,6 +263,19 @@ def test_placeholders_without_pixels_are_an_error(tiny, golden, mode, case, kind
         tiny(input_ids=placeholder, **{CACHE: getattr(output, CACHE)})
 
 
+@pytest.mark.parametrize("mode", [None, "torch"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_placeholder_may_be_sampled(tiny, golden, mode, use_cache):
+    prompt = golden["text_batch_left_pad"][0]["input_ids"][-1:, -4:]
+    if mode is not None:
+        llava15_fast.patch(tiny, mode)
+    bias = {"sequence_bias": [[[tiny.config.image_token_id], 1000.0]]}
+    ids = tiny.generate(
+        prompt, max_new_tokens=4, do_sample=False, use_cache=use_cache, eos_token_id=None, pad_token_id=0, **bias
+    )
+    assert ids[0, 4:].tolist() == [tiny.config.image_token_id] * 4
+
+
 def test_features_as_a_tuple(tiny, golden):
     inputs, _, _ = golden["two_images"]
     grids = inputs["pixel_values"], inputs["image_grid_thw"]
