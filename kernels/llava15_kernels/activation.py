@@ -9,7 +9,7 @@ Shazeer, https://arxiv.org/abs/2002.05202; Hendrycks and Gimpel, https://arxiv.o
     silu_and_mul    x (..., 2 N), or a and b (..., N) -> (..., N)
     gelu            x (..., N), bias (N,) or None -> (..., N)
 
-The tails in float32 against float64, for 32768 values up to 104 away from 0; compiled code for sm_90, executed by an interpreter
+The tails in float32 against float64, for 32768 values up to 104 away from 0; compiled code for sm_90, run by an interpreter
 of PTX, and the torch backend on a CPU:
 
     largest error               sm_90       torch
