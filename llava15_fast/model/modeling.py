@@ -336,7 +336,6 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         self, pixel_values: Tensor, image_grid_thw: Tensor, **kwargs: Any
     ) -> tuple | BaseModelOutputWithPooling:
         """The vision tower's output with `pooler_output` split: one (t*h*w/4, text width) tensor per image."""
-        pixel_values = pixel_values.to(self.visual.dtype)
         # Before the tower is launched: behind it the host would wait for it.
         counts = self.feature_counts("image", pixel_values, image_grid_thw)
         output = self.visual(pixel_values, grid_thw=image_grid_thw, **{**kwargs, "return_dict": True})

@@ -138,8 +138,7 @@ def trained(model, inputs):
 @pytest.mark.parametrize("first", ["patch", "wrap"])
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_distributed(tiny, golden, group, kind, first):
-    # The vision tower asks for the dtype of its parameters, of which a flat FSDP leaves none.
-    inputs = golden["text" if "flat" in kind else "one_image"][0]
+    inputs = golden["one_image"][0]
     prompt = {name: value for name, value in inputs.items() if name != "labels"}
 
     def run(model):
@@ -188,13 +187,12 @@ def replica(model, scale, trains=True):
 
 
 def test_replicas_compute_with_their_own_weights(tiny, golden, prompt):
-    inputs = golden["text"][0]
+    inputs = golden["two_images"][0]
 
     def run(model):
         model.zero_grad()
         replica(model, 0.9)(**inputs).loss.backward()
         with torch.no_grad():
-            # The vision tower asks for the dtype of its parameters, of which a replica that trains has none.
             found = replica(model, 0.9)(**inputs), replica(model, 0.9, trains=False)(**prompt)
         grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         assert len(grads) > 30
