@@ -7,7 +7,7 @@
 # make test-next
 #              the same on releases beyond what is declared
 # make test-others
-#              what is tested together with lmms-eval, PEFT, torchao and Hugging Face's kernels, beside these
+#              what is tested together with lmms-eval, PEFT, torchao, Hugging Face's kernels and `transformers serve`, beside these
 # make test-mixins
 #              transformers' own tests of models and processors on ours, plain and patched, from its source distribution
 # make test-mixins TRANSFORMERS_SRC=DIR
@@ -28,7 +28,7 @@ OLDEST := "triton==3.6.*" "transformers==5.17.*" "numpy<2.4"
 NEWEST := --upgrade triton transformers
 # lmms-eval asks for hundreds of packages, torchvision among them; these are what it imports for a task of images and text.
 OTHERS := peft torchao kernels==0.16.2 datasets decord evaluate jsonlines levenshtein loguru lxml nltk numexpr pytablewriter python-dotenv \
-	sacrebleu scikit-learn tenacity
+	sacrebleu scikit-learn tenacity openai fastapi uvicorn
 OTHERS_ALONE := lmms-eval==0.7.3 latex2sympy2==1.9.1
 # What is installed without what it asks for.
 ALONE ?=
@@ -65,7 +65,8 @@ test-next:
 
 test-others:
 	$(MAKE) test VENV=.venv-others PINS='$(OTHERS)' ALONE='$(OTHERS_ALONE)' \
-		TESTS="tests/patching/test_lmms_eval.py tests/patching/test_peft.py tests/patching/test_interference.py tests/tools/test_environment.py"
+		TESTS="tests/patching/test_lmms_eval.py tests/patching/test_peft.py tests/patching/test_interference.py tests/tools/test_environment.py \
+		tests/tools/test_serve.py"
 
 test-mixins: $(if $(TRANSFORMERS_SRC),$(VENV)/ready,$(VENV)/transformers-src/ready)
 	$(BIN)/pip install --quiet parameterized

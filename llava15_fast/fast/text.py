@@ -33,7 +33,7 @@ from llava15_kernels.flash_decode import max_rows
 from llava15_kernels.qk_norm_rope import norm_and_rotate, rope_tables, write_rows
 
 from ..model.modeling import send
-from ..model.releases import CACHE
+from ..model.releases import CACHE, as_argument
 from .guards import FORWARDS, TEXT, Facts, cache_guard, call_guard, is_plain, original, stands_for
 from .kv_cache import LAYERS, Loan, Pair
 from .layout import Spans, TextLayout, decode_layout, decode_numbers, prompt_layout
@@ -91,7 +91,7 @@ class TextCall:
         """For the original."""
         return {
             "input_ids": self.input_ids, "attention_mask": self.attention_mask, "position_ids": self.position_ids,
-            CACHE: self.cache, "inputs_embeds": self.inputs_embeds, "use_cache": self.use_cache, **self.options,
+            **as_argument(self.cache), "inputs_embeds": self.inputs_embeds, "use_cache": self.use_cache, **self.options,
         }  # fmt: skip
 
 

@@ -41,7 +41,7 @@ from llava15_kernels.vision_rope import apply_rope_tables, vision_rope_tables
 
 from .checkpoint import check_checkpoint_files, published_names, register_tensor_names
 from .configuration import LlavaOnevision1_5Config, LlavaOnevision1_5VisionConfig
-from .releases import CACHE, KEEPS_TOWERS, HeadOutputWithPast, ModelOutputWithPast
+from .releases import CACHE, KEEPS_TOWERS, HeadOutputWithPast, ModelOutputWithPast, as_argument
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
@@ -426,7 +426,7 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
             features = torch.cat(tuple(encoded[kind].pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(mask.to(inputs_embeds.device)[..., None], features)
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        outputs = self.language_model(**inputs, use_cache=use_cache, **{**kwargs, CACHE: cache, "return_dict": True})
+        outputs = self.language_model(**inputs, use_cache=use_cache, **{**kwargs, **as_argument(cache), "return_dict": True})
         towers = {f"{kind}_outputs": encoded.get(kind) for kind in pixels} if KEEPS_TOWERS else {}
         return ModelOutputWithPast(**outputs, **towers)
 
@@ -487,6 +487,26 @@ class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel
         elif not is_first_iteration:
             kwargs.pop("mm_encoder_outputs", None)
         return super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+
+    def _check_text(self, input_ids: list[int]) -> None:
+        """Continuous batching takes ids alone. Raises ValueError where there are placeholders among them."""
+        self.model.check_pixels(torch.tensor([[*input_ids]], device="cpu"), None, image=None, video=None)
+
+    @functools.wraps(GenerationMixin.generate_batch)
+    def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        for input_ids in inputs:
+            self._check_text(input_ids)
+        return super().generate_batch(inputs, *args, **kwargs)
+
+    @functools.wraps(GenerationMixin.init_continuous_batching)
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        manager = super().init_continuous_batching(*args, **kwargs)
+        add_request = type(manager).add_request.__get__(manager)
+        manager.add_request = lambda input_ids, *args, **kwargs: (
+            self._check_text(input_ids),
+            add_request(input_ids, *args, **kwargs),
+        )[1]
+        return manager
 
     def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor, **kwargs: Any) -> Any:
         """See `LlavaOnevision1_5Model.get_image_features`."""

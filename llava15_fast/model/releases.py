@@ -1,13 +1,21 @@
 """Where the supported releases of transformers differ."""
 
 import inspect
+from typing import Any
 
 from transformers import ProcessorMixin, Qwen3Model, modeling_outputs
+from transformers.cache_utils import Cache
 
 CACHE = "cache" if "cache" in inspect.signature(Qwen3Model.forward).parameters else "past_key_values"
 """The name of the key/value cache among arguments and outputs: `cache` from transformers 5.24 on.
 
 Our own forwards take it under either name, with every release."""
+
+
+def as_argument(cache: Any) -> dict[str, Any]:
+    """`cache` for transformers' forwards; continuous batching's, which is no `Cache`, always goes by the newer name."""
+    return {CACHE if cache is None or isinstance(cache, Cache) else "cache": cache}
+
 
 ADJUSTS_MASKS = hasattr(ProcessorMixin, "_adjust_assistant_masks_indices")
 SANITIZES = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters

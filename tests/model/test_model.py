@@ -13,11 +13,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     DynamicCache,
+    GenerationConfig,
     MLCDVisionConfig,
     MLCDVisionModel,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.generation import ContinuousBatchingConfig
 from transformers.models.auto import modeling_auto
 
 import llava15_fast
@@ -261,6 +263,26 @@ def test_placeholders_without_pixels_are_an_error(tiny, golden, mode, case, kind
     with torch.no_grad():
         output = tiny(input_ids=prompt, use_cache=True)
         tiny(input_ids=placeholder, **{CACHE: getattr(output, CACHE)})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes most of a GPU's memory")
+@pytest.mark.parametrize("mode", [None, "torch"])
+def test_continuous_batching(tiny, golden, mode):
+    """Texts are answered as `generate` answers them; there is no way for an image, so that its placeholders are refused."""
+    if mode is not None:
+        llava15_fast.patch(tiny, mode)
+    ids = golden["text"][0]["input_ids"][0, -6:].tolist()
+    prompts = [ids, ids[2:], ids[:1]]
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = [tiny.generate(torch.tensor([one]), **options)[0, len(one) :].tolist() for one in prompts]
+    limits = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    settings = {"generation_config": GenerationConfig(**options), "continuous_batching_config": limits}
+    answers = tiny.generate_batch(inputs=prompts, **settings)
+    assert [answer.generated_tokens for answer in answers.values()] == expected
+    with pytest.raises(ValueError, match=r"1 image placeholder tokens .* but no image pixels were passed"):
+        tiny.generate_batch(inputs=[ids, [*ids, tiny.config.image_token_id]], **settings)
+    with pytest.raises(ValueError, match=r"1 video placeholder tokens .* but no video pixels were passed"):
+        tiny.init_continuous_batching(**settings).add_request([*ids, tiny.config.video_token_id])
 
 
 @pytest.mark.parametrize("mode", [None, "torch"])

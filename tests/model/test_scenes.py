@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import llava15_fast
-from assets.scenes import all_sentences, describe, held_out_accuracy, held_out_scene, training_scene
+from assets.scenes import QUESTION, all_sentences, describe, held_out_accuracy, held_out_scene, training_scene
 from assets.train import make_config, make_processor, train
 from llava15_fast import LlavaOnevision1_5Config, LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Processor
 
@@ -52,6 +52,21 @@ def test_two_scenes_through_the_kernels(model, processor, launches):
     assert describe(model, processor, list(images)) == expected
     assert {"_rms_norm_kernel", "_vision_rope_kernel", "_patch_merge_kernel", "_flash_attn_kernel"} <= set(launches)
     assert all(set(row.ran) == {"triton"} for row in handle.report().rows)
+
+
+@pytest.mark.parametrize("backend", [None, "torch"], ids=["unpatched", "torch"])
+def test_a_pipeline_describes_exactly(backend):
+    if backend is not None:
+        llava15_fast.enable(backend)
+    try:
+        pipe = pipeline("image-text-to-text", model=str(CHECKPOINT))
+    finally:
+        llava15_fast.disable()
+    name, answer = next(iter(json.loads((ASSETS / "samples" / "answers.json").read_text()).items()))
+    content = [{"type": "image", "path": str(ASSETS / "samples" / name)}, {"type": "text", "text": QUESTION}]
+    (found,) = pipe(text=[{"role": "user", "content": content}], return_full_text=False, max_new_tokens=64, do_sample=False)
+    assert found["generated_text"] == answer
+    assert bool(llava15_fast.fast.runtime.runtime_of(pipe.model)) is (backend is not None)
 
 
 def test_samples_are_described_exactly(model, processor):
