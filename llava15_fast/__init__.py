@@ -1,11 +1,11 @@
 """LLaVA-OneVision-1.5 on current transformers, with hand-written Triton kernels in its forward passes.
 
-import llava15_fast                      # transformers now knows the model
-handle = llava15_fast.patch(model)       # this instance runs the kernels
-model.generate(**inputs)                 # the same answer
-print(handle.report())                   # what ran where, and why not
-llava15_fast.unpatch(model)              # as before
-print(llava15_fast.verify(model, inputs)) # patched against eager and higher precision, as numbers
+import llava15_fast                       # registers the model with transformers
+handle = llava15_fast.patch(model)        # this instance runs the kernels
+model.generate(**inputs)                  # the same answer, sooner
+print(handle.report())                    # what ran, and reasons for fallbacks
+llava15_fast.unpatch(model)               # undo
+print(llava15_fast.verify(model, inputs)) # compares patched with eager and a higher-precision reference
 """
 
 from .versions import check_versions
@@ -20,7 +20,7 @@ from .model.modeling import LlavaOnevision1_5ForConditionalGeneration, LlavaOnev
 from .model.processing import LlavaOnevision1_5Processor
 from .model.registration import register
 
-register()  # before what goes by the names of the classes, which may have to make way for transformers' own
+register()  # first, as it may rename classes that transformers has, too
 
 from .patching.api import patch, patched, unpatch
 from .patching.auto import disable, enable

@@ -1,10 +1,10 @@
-"""`python -m llava15_fast.run -m MODULE ARGS` or `... SCRIPT ARGS`: another program, with `enable()` before it begins.
+"""`python -m llava15_fast.run -m MODULE ARGS` or `... SCRIPT ARGS`: runs a program after `enable()`.
 
     python -m llava15_fast.run -m lmms_eval --model llava_onevision1_5 --model_args pretrained=DIR --tasks mme
     LLAVA15_FAST_BACKEND=torch python -m llava15_fast.run evaluate.py
 
-The program runs as `python -m MODULE` or `python SCRIPT` would run it, in this process. What is patched, and what is not
-and why, is written to standard error.
+The program runs in this process as `python -m MODULE` or `python SCRIPT` would run it. Patched models, and reasons why others
+are not patched, are logged to standard error.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (importlib.util.find_spec(program[0].partition(".")[0]) if as_module else Path(program[0]).exists()):
         raise SystemExit(f"no {'module named' if as_module else 'program'} {program[0]!r}\n{USAGE}")
     handler, logger = logging.StreamHandler(), logging.getLogger("llava15_fast")
-    # Silent as soon as the program has set up logging of its own, which then shows the same.
+    # Silent once the program has configured logging itself, which then shows the same messages.
     handler.addFilter(lambda record: not logging.getLogger().handlers)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     sys.argv = program  # run_module puts the module's file in the place of its name
     if as_module:
-        # `python -m` looks in the working directory first; so it did for this module.
+        # As with `python -m`, sys.path starts with the working directory.
         runpy.run_module(program[0], run_name="__main__", alter_sys=True)
     else:
         sys.path[0] = str(Path(program[0]).resolve().parent)
-        # As python gives a script its `__file__`: it may look for it in another working directory.
+        # An absolute `__file__`, as python sets it: the script may change the working directory.
         runpy.run_path(os.path.abspath(program[0]), run_name="__main__")
 
 

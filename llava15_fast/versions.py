@@ -1,6 +1,6 @@
-"""Which versions this package was made for, looked at before anything of them is imported.
+"""Supported versions of the dependencies, checked before these are imported.
 
-An import that fails on a name which another release has tells nobody what to install.
+Otherwise an unsupported version would show as an import error about some name, which does not tell what to install.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from packaging.specifiers import SpecifierSet
 logger = logging.getLogger("llava15_fast")
 
 DECLARED = {"python": ">=3.11", "torch": ">=2.11,<2.16", "triton": ">=3.6,<3.10", "transformers": ">=5.17,<5.25"}
-"""What the installation asks for; a checkout that was never installed has no metadata to read it from."""
+"""The installation's requirements; repeated here because an uninstalled checkout has no metadata."""
 
 
 def installed(package: str) -> str | None:
@@ -26,12 +26,12 @@ def installed(package: str) -> str | None:
 
 
 def is_inside(version: str, declared: str) -> bool:
-    """A build of a release that was not made yet, or for some CUDA, is judged by its number."""
+    """Pre-releases and local builds (+cu130) are judged by their version number."""
     return SpecifierSet(declared).contains(version, prereleases=True)
 
 
 def check_versions() -> None:
-    """Raises ImportError where a package is missing or older than what is declared; a newer one is told and tried."""
+    """Raises ImportError if a package is missing or older than declared; warns about newer ones."""
     # Sources on the path have no metadata.
     found = {package: version for package in DECLARED if (version := installed(package)) or find_spec(package) is None}
     lowest = {package: declared.split(",")[0] for package, declared in DECLARED.items()}

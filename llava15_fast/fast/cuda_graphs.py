@@ -1,14 +1,14 @@
 """CUDA graphs: one launch for a whole forward pass instead of several hundred.
 
-A graph remembers addresses: of weights, of what it writes to, of its inputs and output. So
+A graph has addresses baked in: of weights, of the memory it writes to, of its inputs and output. Therefore
 
-- inputs are copied into buffers of the graph, and its output is copied out, for callers keep what they are given;
-- a step is captured when it comes for the second time, into the `Slot` that its owner keeps for it (KV buffers one for the
-  decode step on them, the vision tower one for each of the last sizes), and replayed as long as it comes with the same key;
-- the key holds every address and number that a capture fixes, and the tensors behind them stay alive with the graph;
-- a capture during which another thread has moved a weight is not used.
+- inputs are copied into static buffers, and the output is copied out, since callers may keep it;
+- a step is captured on its second occurrence, into the `Slot` kept by its owner (each set of KV buffers has one for the decode
+  step, the vision tower one for each of the most recent sizes), and replayed while its key stays the same;
+- the key holds every baked-in address and number, and the tensors at these addresses are kept alive by the slot;
+- a capture during which another thread moved a weight is discarded.
 
-Graphs of one model replay on one stream at a time. Settings of torch's own arithmetic, TF32 say, are those of the capture.
+Graphs of one model replay one at a time. Settings of torch's arithmetic, such as TF32, are those at capture.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ Step = Callable[..., torch.Tensor]
 Tensors = tuple[torch.Tensor, ...]
 
 _capturing = threading.Lock()
-"""A stream captures one graph at a time, and so, in torch 2.11, does a random generator."""
+"""Only one capture at a time per stream and, in torch 2.11, per random generator."""
 
 
 class CapturedStep:
-    """`capture` records what a function launches on a device, `replay` launches it again.
+    """`capture` records the kernels that a function launches on a device, `replay` launches them again.
 
-    `torch.cuda.graph` is not for this: it captures on one stream for all devices, so that nothing of a model on another than
-    the first would be recorded, and an error leaves the caller on that stream.
+    `torch.cuda.graph` does not fit: it captures on one stream for all devices, so that work on any other device than the first
+    would not be recorded, and after an error the caller is left on that stream.
 
     Args:
-        stream: to capture on. Graphs that share one have to share a pool: torch gives matrix products a workspace for each
-            stream, takes it from the pool that is captured into first, and frees it with any graph of that stream
-            (pytorch#193402), while the others still write to it.
+        stream: to capture on. Graphs that share a stream must share a pool: cuBLAS gets one workspace per stream, allocated
+            from the first pool captured into and freed with any graph of that stream (pytorch#193402), while the others still
+            write to it.
     """
 
     new_pool = staticmethod(torch.cuda.graph_pool_handle)
@@ -55,17 +55,17 @@ class CapturedStep:
 
     def capture(self, step: Callable[[], torch.Tensor], pool: Any) -> torch.Tensor:
         with _capturing, torch.cuda.device(self.device), torch.cuda.stream(self.stream), contextlib.ExitStack() as after:
-            # What Python collects may unload a module of kernels, which no capture survives.
+            # Garbage collection may unload a CUDA module, which invalidates a capture.
             after.callback(gc.enable if gc.isenabled() else gc.disable)
             gc.disable()
-            # While capturing, memory that others have left cannot be reclaimed; and a graph that was dropped may still run.
+            # Cached memory cannot be reclaimed during a capture; and a graph that was just dropped may still be running.
             self.wait()
             torch.cuda.empty_cache()
             self.graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 output = step()
             except BaseException:
-                # Ends with an error of its own, where the first one has spoilt the capture.
+                # Raises, too, if the first error has invalidated the capture.
                 with contextlib.suppress(RuntimeError):
                     self.graph.capture_end()
                 raise
@@ -76,15 +76,15 @@ class CapturedStep:
         self.graph.replay()
 
     def wait(self) -> None:
-        """Until no replay runs any more: memory that can be unmapped is taken away from one that does."""
+        """Waits for running replays, whose memory could otherwise be unmapped under them."""
         torch.cuda.synchronize(self.device)
 
 
 class Slot:
-    """The place of one recurring step: nothing, its key when it was seen once, or its graph.
+    """State of one recurring step: empty, its key once it was seen, or its graph.
 
-    `key` is what must be as it was: the part of the model, where its weights lie (`Facts.fingerprint`), and more. `inputs` and
-    `output` are at fixed addresses; the weights that the graph reads are `held`, so that nothing else comes to lie there.
+    `key` is everything that must not change: the part of the model, the addresses of its weights (`Facts.fingerprint`), and
+    more. `inputs` and `output` are static buffers; the weights that the graph reads are `held`, to keep their addresses taken.
     """
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class Slot:
 
 
 class Graphs:
-    """Captures and replays the graphs of one model, all in one pool of memory and so one at a time."""
+    """Captures and replays the graphs of one model, which share a memory pool and so run one at a time."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -115,13 +115,13 @@ class Graphs:
     def run(
         self, slot: Slot, key: tuple, inputs: Tensors, step: Step, device: torch.device, facts: Facts
     ) -> torch.Tensor | None:
-        """`step(*inputs)` by a graph, a tensor of its own; None where it is to run without. Inputs, of shapes and dtypes that
-        the key stands for, may be on the host: `step` is given buffers on `device` in their place. It reads the weights that
-        `facts` are about."""
+        """`step(*inputs)` by a graph, as a fresh tensor; None if the caller must run it eagerly. The key determines the shapes
+        and dtypes of the inputs, which may be on the host: `step` gets static buffers on `device` in their place. It reads the
+        weights that `facts` describe."""
         with self.lock:
             if self.gave_up:
                 return None
-            seen, slot.key = slot.key == key, key  # compared by identity from now on, as long as it is the same
+            seen, slot.key = slot.key == key, key  # storing the new object makes the next comparison one by identity
             if not seen:
                 slot.clear()
                 self._drop_stale(*key[:2])
@@ -133,41 +133,41 @@ class Graphs:
             return slot.output.clone()
 
     def _capture(self, slot: Slot, inputs: Tensors, step: Step, device: torch.device, facts: Facts) -> bool:
-        # A pool whose last graph is gone must not be captured into again: torch raises, as long as something in it lives.
+        # A pool whose last graph was freed must not be captured into again: torch raises while any of its memory is in use.
         if not any(other.graph is not None for other in self.slots):
             self.pool = CapturedStep.new_pool()
         if device not in self.streams:
             self.streams[device] = CapturedStep.new_stream(device)
         graph, held = CapturedStep(device, self.streams[device]), facts.hold()
         try:
-            # What is captured may be replayed in and out of inference mode.
+            # A graph may be replayed both inside and outside inference mode.
             with torch.inference_mode(False), torch.no_grad():
                 buffers = tuple(torch.empty(x.shape, dtype=x.dtype, device=device) for x in inputs)
                 _fill(buffers, inputs)
-                # Nothing may be compiled or set up while capturing; and a step can be repeated.
+                # Nothing may be compiled or initialized during the capture; and steps are idempotent.
                 step(*buffers)
                 output = graph.capture(lambda: step(*buffers), self.pool)
-        except RuntimeError as error:  # out of memory is one
-            # Whatever it was, running without says it better, or does without.
+        except RuntimeError as error:  # OutOfMemoryError is one
+            # A genuine error shows again when the step runs eagerly.
             self.gave_up = True
             logger.warning("a CUDA graph could not be captured (%s): this model runs without", error)
             return False
         if not facts.still_hold(held):
-            facts.fingerprint = None  # this request goes on without
+            facts.fingerprint = None  # no graphs for the rest of this request
             return False
         slot.inputs, slot.output, slot.graph, slot.held = buffers, output, graph, held
         self.slots.add(slot)
         return True
 
     def _drop_stale(self, part: str, fingerprint: tuple) -> None:
-        """Graphs that keep weights alive which `part` has left."""
+        """Frees graphs that keep weights alive that `part` no longer uses."""
         for slot in self.slots:
             if slot.graph is not None and slot.key[0] == part and slot.key[1] != fingerprint:
                 slot.graph.wait()
                 slot.clear()
 
     def clear(self) -> bool:
-        """Frees the graphs; whether there were any."""
+        """Frees the graphs. Returns whether there were any."""
         with self.lock:
             held = [slot for slot in self.slots if slot.graph is not None]
             for slot in held:

@@ -1,13 +1,13 @@
-"""`generate` on a patched model: greedy search and sampling run in a loop of our own.
+"""`generate` on a patched model: greedy search and sampling run in our own decoding loop.
 
-transformers prepares everything and calls `_sample`, which is ours; its loops do everything else: beams, assistants, streamers,
-custom criteria and processors. Ours differs in when the host waits:
+transformers prepares the request and calls `_sample`, which is ours; its own loops do everything else: beams, assistants,
+streamers, custom criteria and processors. The loops differ in when the host synchronizes with the device:
 
     transformers    after every token, to see whether it was the last
-    here            `limits.EOS_POLL` tokens later, and at every such many tokens; what was computed beyond the end is dropped
+    here            polls EOS asynchronously every `limits.EOS_POLL` tokens, and discards surplus tokens
 
-so that the device never waits for the host. On a CPU there is nothing to wait for, and no token too many. The state of the
-random generator after sampling that ended early is not specified: tokens beyond the end may have been drawn.
+so that the device never idles. On a CPU every token is checked and none is surplus. The state of the random generator after
+sampling that ended early is unspecified: surplus tokens may have been drawn.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _PURE = """
     SuppressTokensLogitsProcessor TemperatureLogitsWarper TopKLogitsWarper TopPLogitsWarper TypicalLogitsWarper
 """
 PURE_PROCESSORS = frozenset(getattr(logits_process, name) for name in _PURE.split())
-"""Processors that remember nothing: a call for a token beyond the end has no effect."""
+"""Stateless processors: a call for a surplus token has no effect."""
 
 
 @stands_for(LlavaOnevision1_5Model)
@@ -85,13 +85,13 @@ class FastForConditionalGeneration(FastModule, LlavaOnevision1_5ForConditionalGe
         self, input_ids: torch.Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: GenerationConfig,
         synced_gpus: bool = False, streamer: Any = None, **model_kwargs: Any,
     ) -> Output:  # fmt: skip
-        """transformers' arguments and results."""
+        """Arguments and results are those of transformers' method."""
         if (request := current(self)) is not None:
             request.loop_began = True
         asked = Asked(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
         reason = "a streamer is given" if streamer is not None else None
         reason = reason or ("several processes generate together" if synced_gpus else None)
-        if request is None or not request.is_generate:  # else they were looked at when it began
+        if request is None or not request.is_generate:  # otherwise checked when it began
             reason = reason or methods_guard(self)
         reason, runtime = reason or asked.guard(), runtime_of(self)
         if runtime is not None and reason is None:
@@ -106,7 +106,7 @@ class FastForConditionalGeneration(FastModule, LlavaOnevision1_5ForConditionalGe
 
 @dataclass
 class Asked:
-    """What transformers' loops are given: the prompts' ids (B, L), and how to go on."""
+    """The arguments of transformers' decoding loops, with the ids (B, L) of the prompts."""
 
     input_ids: torch.Tensor
     processors: logits_process.LogitsProcessorList
@@ -115,7 +115,7 @@ class Asked:
     model_kwargs: dict[str, Any]
 
     def guard(self) -> str | None:
-        """Why transformers' own loop has to run, as far as this call says."""
+        """The reason for a fallback to transformers' loop, or None."""
         mode, cache = self.config.get_generation_mode(), self.model_kwargs.get(CACHE)
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             return f"the mode is {mode}"
@@ -139,10 +139,10 @@ class Asked:
 
 
 def decode(model: FastForConditionalGeneration, asked: Asked) -> Output:
-    """The loop."""
+    """The decoding loop."""
     answer, kwargs, config = Answer(asked), asked.model_kwargs, asked.config
     inputs = Inputs(model, kwargs)
-    # An assistant is asked again and again, behind the cache that it keeps.
+    # An assistant model is called repeatedly and continues its cache.
     outputs = model._prefill(asked.input_ids, config, kwargs, is_first_iteration=not config.is_assistant)
     while not answer.append(answer.choose(outputs.logits[:, -1])):
         step = inputs.next(answer.ids, outputs)
@@ -155,8 +155,8 @@ def decode(model: FastForConditionalGeneration, asked: Asked) -> Output:
 
 
 def _next_token(model: FastForConditionalGeneration, inputs: dict[str, Any]) -> SimpleNamespace | None:
-    """The step of a request that is under way, past the forwards between the ids (B, 1) and the layers, which its guards know;
-    None where the model itself has to be called."""
+    """A decode step that bypasses the forwards above the layers, which the guards have checked; None if the model itself must
+    be called."""
     cache, runtime, language = inputs.get(CACHE), runtime_of(model), model.model.language_model
     request = current(model, cache)
     if request is None or runtime is None or any(inputs[name] is not None for name in inputs.keys() - STEP_INPUTS):
@@ -169,7 +169,7 @@ def _next_token(model: FastForConditionalGeneration, inputs: dict[str, Any]) -> 
 
 
 class Answer:
-    """The tokens of all prompts, as they are chosen."""
+    """The generated tokens of all prompts."""
 
     def __init__(self, asked: Asked) -> None:
         input_ids, config, criteria = asked.input_ids, asked.config, asked.criteria
@@ -179,7 +179,7 @@ class Answer:
         lengths = [criterion.max_length for criterion in criteria if isinstance(criterion, MaxLengthCriteria)]
         self.max_length = math.ceil(min(lengths))  # transformers takes fractions too
         room = max(min(self.max_length, self.length + limits.ID_BUFFER), self.length + 1)
-        # The dtype that a concatenation with new tokens has.
+        # The dtype of transformers' concatenation with new tokens.
         self.buffer = input_ids.new_empty(batch, room, dtype=torch.promote_types(input_ids.dtype, torch.long))
         self.buffer[:, : self.length] = input_ids
         eos_ids = [criterion.eos_token_id for criterion in criteria if isinstance(criterion, EosTokenCriteria)]
@@ -209,10 +209,10 @@ class Answer:
         return (draw(scores.softmax(-1)) if self.config.do_sample else scores.argmax(-1)).to(self.device)
 
     def append(self, tokens: torch.Tensor) -> bool:
-        """Whether that was the last, as far as the host knows."""
+        """Returns whether all sequences have ended, as far as the host knows."""
         if self.eos_ids is not None:
             tokens = torch.where(self.unfinished, tokens, self.pad_id)
-            # Not `isin`, which sorts where there are many, and waits for the device.
+            # Not `isin`, which sorts if there are many ids, and synchronizes.
             self.unfinished = self.unfinished & (tokens[:, None] != self.eos_ids).all(-1)
         if self.length == self.buffer.shape[1]:
             self.buffer = torch.cat([self.buffer, torch.empty_like(self.buffer)], dim=1)
@@ -221,7 +221,7 @@ class Answer:
         return self.length >= self.max_length or (self.eos_ids is not None and self.watch.stopped(self.unfinished))
 
     def cut(self) -> int:
-        """Drops tokens that were computed before the host knew of the end; how many."""
+        """Discards surplus tokens and returns their number."""
         needed = self.prompt_length + _tokens_needed(self.ids[:, self.prompt_length :], self.eos_ids)
         surplus, self.length = self.length - needed, needed
         return surplus
@@ -235,7 +235,7 @@ class Answer:
 
 
 class Inputs:
-    """The arguments of the next forward: prepared by transformers for the first time, continued after that."""
+    """The arguments of the next forward: prepared by transformers for the first decode step, then advanced token by token."""
 
     def __init__(self, model: FastForConditionalGeneration, model_kwargs: dict[str, Any]) -> None:
         self.model, self.model_kwargs = model, model_kwargs
@@ -257,7 +257,7 @@ class Inputs:
         return inputs
 
     def _longer(self, mask: torch.Tensor) -> torch.Tensor:
-        """A token more that is no padding: a view of a mask that was made long enough."""
+        """The mask with one more token: a view of a preallocated mask."""
         tokens = mask.shape[1]
         if self.mask is None or tokens == self.mask.shape[1]:
             self.mask = torch.cat([mask, mask.new_ones(len(mask), limits.ID_BUFFER)], dim=1)
@@ -265,18 +265,18 @@ class Inputs:
 
 
 def draw(probabilities: torch.Tensor) -> torch.Tensor:
-    """(B, vocabulary) -> (B,), as `torch.multinomial` draws them and from the same random numbers: which of exponential clocks
-    that go at these rates is the first. Older releases make the host wait for multinomial's checks; it waits for nothing here.
+    """(B, vocabulary) -> (B,): exponential-race sampling, with the same random stream as `torch.multinomial`, whose checks
+    synchronize with the device in older releases.
 
     Raises:
-        RuntimeError: a probability is not a number; on a GPU as late as an assertion there.
+        RuntimeError: a probability is NaN; on a GPU as an asynchronous assertion.
     """
     torch._assert_async((probabilities.sum(-1) > 0).all(), "probabilities are not numbers, or all are 0")
     return (probabilities / torch.empty_like(probabilities).exponential_(1.0)).argmax(-1)
 
 
 class _StopWatch:
-    """Tells whether all sequences have ended: on a GPU late, and without waiting for the work that was queued since."""
+    """Tells whether all sequences have ended: on a GPU with a delay, without waiting for work queued since."""
 
     def __init__(self, device: torch.device) -> None:
         self.waits = device.type == "cuda"
@@ -301,12 +301,12 @@ class _StopWatch:
         flag = torch.empty((), dtype=torch.bool, pin_memory=True, device="cpu")
         flag.copy_(unfinished.any(), non_blocking=True)
         event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(unfinished.device))  # the current device may be another
+        event.record(torch.cuda.current_stream(unfinished.device))  # not necessarily the current device
         return flag, event
 
 
 def _tokens_needed(generated: torch.Tensor, eos_ids: torch.Tensor | None) -> int:
-    """Up to the last sequence's end: those after it were computed before the host knew."""
+    """The number of tokens up to the end of the longest sequence."""
     if eos_ids is None:
         return generated.shape[1]
     ended = torch.isin(generated, eos_ids).cumsum(-1) > 0

@@ -1,8 +1,8 @@
-"""Guards: whether the fast path may stand for what the original would do.
+"""Guards: whether the fast path computes what transformers' forward would.
 
-A request (`request.py`) asks them once, when it begins. Each answers None, or the reason for a fallback that the report gives.
-The tables name the modules that fused code passes over; functions are compared with the objects seen at import. What is not
-known is not fast.
+A request (`request.py`) evaluates them once, when it begins. Each returns None, or the reason for a fallback, which the report
+shows. The tables list the modules that fused code bypasses; functions are compared by identity with the objects seen at import.
+Anything unknown falls back.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from ..model.releases import CACHE
 
 
 class Part(NamedTuple):
-    """A module whose `method` the patched class replaces, by `kernels`, or without any is passed over by fused code: what it
-    has to be, with the method of that class.
+    """What a module must be: one whose `method` the patched class replaces with `kernels`, or, with no kernels, one that fused
+    code bypasses.
 
-    `path` is below the module that has the fused code, `*` for every child; `parameters` are names of that method's, `size` is
-    the name of the only dimension of a norm's weight, and `numbers` are attributes that a captured graph fixes.
+    `path` is relative to the module with the fused code, `*` meaning every child; `parameters` are the names of the method's,
+    `size` names the only dimension of a norm's weight, and `numbers` are attributes baked into a captured graph.
     """
 
     path: str
@@ -53,7 +53,7 @@ class Part(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As the report calls it."""
+        """As shown in the report."""
         return ".".join(part for part in (self.path, self.method.removeprefix("forward")) if part)
 
 
@@ -104,13 +104,13 @@ SILU = (nn.SiLU, type(ACT2FN["silu"]))
 GELU = (nn.GELU, type(ACT2FN["gelu"]))
 
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")
-"""Rotary embeddings whose frequencies do not depend on the input."""
+"""RoPE types whose frequencies do not depend on the input."""
 
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
-"""Implementations that are all ways to the same."""
+"""Attention implementations that compute the same function."""
 
 OPTIONS = ("output_attentions", "output_hidden_states", "return_dict", "is_causal", "num_items_in_batch", "tokenizer")
-"""Keyword arguments of a forward that are known; any other may change what attention computes."""
+"""Known keyword arguments of a forward; any other may change what attention computes."""
 
 _TRUSTED = tuple(
     str(Path(sys.modules[name].__file__).parent) for name in ("torch", "transformers", "llava15_kernels", "llava15_fast")
@@ -118,7 +118,7 @@ _TRUSTED = tuple(
 
 
 def _is_theirs(function: Any) -> bool:
-    """Whether its code is torch's, transformers' or ours: `functools.wraps` copies names, but not the file of the code."""
+    """Whether the code is torch's, transformers' or ours: `functools.wraps` copies names, but not the code's file."""
     if isinstance(function, functools.partial):
         function = function.func
     code = getattr(getattr(function, "__func__", function), "__code__", None)
@@ -126,13 +126,13 @@ def _is_theirs(function: Any) -> bool:
 
 
 def _seen(owner: Any, *names: str) -> list[tuple[Any, str, Any]]:
-    """An owner's attributes, each by its name, with their values; None where it was somebody else's by then already."""
+    """(owner, name, value) per attribute; the value is None if third-party code had replaced it before import."""
     values = [(name, getattr(owner, name)) for name in names if hasattr(owner, name)]
     return [(owner, name, value if _is_theirs(value) else None) for name, value in values]
 
 
 def _methods(*classes: type) -> list[tuple[Any, str, Any]]:
-    """Of the classes and of what they inherit from, up to `nn.Module`, of which only what a call passes through."""
+    """Methods of the classes and their bases; of `nn.Module` only those on the call path."""
     found = []
     for cls in dict.fromkeys(classes):
         owners = [owner for owner in cls.__mro__ if owner not in (object, nn.Module)]
@@ -165,18 +165,18 @@ LOOP = {
     for name in vars(GenerationMixin)
     if isinstance(getattr(Head, name), FunctionType) and _is_theirs(getattr(Head, name))
 }
-"""What a step of `generate` passes through: knowing all of it, a request knows what comes next."""
+"""Methods that a decode step of `generate` goes through; if all are known, so is what each step does."""
 
 FAST: dict[type[nn.Module], type[nn.Module]] = {}
-"""Class -> the class that a patched instance of it has."""
+"""Class -> class of a patched instance."""
 
 
 def stands_for(base: type[nn.Module]) -> Callable[[type], type]:
-    """Declares the patched class of `base`. It goes by the same name, which `save_pretrained` writes into the configuration."""
+    """Registers the patched class of `base`, under the same `__name__`, which `save_pretrained` writes to the configuration."""
 
     def declare(cls: type) -> type:
         cls.__name__ = base.__name__
-        # transformers records hidden states of classes that it knows by this; of others it gives None.
+        # transformers records hidden states only for classes in this registry and silently returns None for others.
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), base._can_record_outputs)
         FAST[base] = cls
         return cls
@@ -185,9 +185,8 @@ def stands_for(base: type[nn.Module]) -> Callable[[type], type]:
 
 
 def original(patched: type, module: nn.Module, name: str) -> Callable[..., Any]:
-    """The method that `patched` stands in front of, as a function; `super()` that works too when the class is changed back
-    while a call runs."""
-    if torch.compiler.is_compiling():  # Dynamo follows `super` of an instance only
+    """The unpatched method, as a function: a `super()` that keeps working if another thread unpatches during the call."""
+    if torch.compiler.is_compiling():  # Dynamo traces `super` of an instance only
         bound = getattr(super(patched, module), name)
         return lambda _, *args, **kwargs: bound(*args, **kwargs)
     cls = type(module)
@@ -203,11 +202,11 @@ KNOWN_ATTENTION = {
     )
     for name in ATTENTIONS
 }
-"""name -> attention and mask function; an object that nothing is in the place of somebody else's."""
+"""name -> attention and mask function; a sentinel that equals nothing if third-party code had replaced one."""
 
 
 def replaced(group: str) -> str | None:
-    """What of `WATCHED[group]` is not what it was."""
+    """Which entry of `WATCHED[group]` has changed since import, or None."""
     for owner, name, value in WATCHED[group]:
         if getattr(owner, name, None) is not value or value is None:
             return f"{owner.__name__}.{name} was replaced"
@@ -215,10 +214,10 @@ def replaced(group: str) -> str | None:
 
 
 def walk(root: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
-    """The modules that `path` means, each with its own path.
+    """The modules that match `path`, each with its resolved path.
 
     Raises:
-        LookupError: a name on the way is missing; the message says where.
+        LookupError: a component of the path does not exist; the message says which.
     """
     found = [("", root)]
     for name in path.split("."):
@@ -234,7 +233,7 @@ def walk(root: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
 
 
 def inside(module: nn.Module) -> nn.Module:
-    """The module that PEFT has put an adapter around, or a copy to be trained beside; any other module itself."""
+    """The module inside a PEFT adapter or beside PEFT's trainable copy; any other module unchanged."""
     for name in ("base_layer", "original_module"):
         if name in module._modules:
             return inside(module._modules[name])
@@ -242,14 +241,14 @@ def inside(module: nn.Module) -> nn.Module:
 
 
 def _unwrapped(function: Any) -> Any:
-    """transformers wraps a layer's forward, and that of a subclass once more; what somebody else has wrapped is another."""
+    """transformers wraps a layer's forward, and a subclass's once more; third-party wrappers are not removed."""
     while _is_theirs(function) and hasattr(function, "__wrapped__"):
         function = function.__wrapped__
     return function
 
 
 def difference(path: str, module: nn.Module, module_class: type[nn.Module], method: str = "forward") -> str | None:
-    """What tells that `module` computes by its class something else than `module_class` does, or None."""
+    """Why the class of `module` may compute something other than `module_class` does, or None."""
     if not isinstance(module, module_class):
         return f"{path} is a {type(module).__name__}, expected {module_class.__name__}"
     found, expected = (_unwrapped(getattr(cls, method, None)) for cls in (type(module), module_class))
@@ -259,15 +258,15 @@ def difference(path: str, module: nn.Module, module_class: type[nn.Module], meth
 
 
 def is_replaced(module: nn.Module, slot: str = "forward", method: str = "forward") -> bool:
-    """Whether the instance has a method of its own; its class's, bound to it, is none: accelerate leaves that behind."""
+    """Whether the instance overrides the method; its class's method bound to it, which accelerate leaves behind, does not."""
     present = vars(module).get(slot)
     return present is not None and not (isinstance(present, MethodType) and present.__func__ is getattr(type(module), method))
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether someone listens to this module, or accelerate brings its weights only when it is called.
+    """Whether the module has forward hooks, or accelerate loads its weights only when it is called.
 
-    transformers' own recording hooks do not count: they stay, dormant, once hidden states were asked for.
+    transformers' own recording hooks do not count: they stay registered, dormant, once hidden states were requested.
     """
     if "_hf_hook" in module.__dict__:
         return True
@@ -278,10 +277,10 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether `layer` computes nothing but a product with its weight, and its bias, and nobody listens to it."""
+    """Whether `layer` computes just x W^T + b, with no hooks."""
     if type(layer) is not nn.Linear or has_hooks(layer) or "forward" in vars(layer):
         return False
-    # A quantised weight is a tensor of another class in a parameter; a replica of DataParallel has tensors.
+    # A quantized weight is a tensor subclass in a parameter; replicas of DataParallel have plain tensors.
     return type(layer.weight) in (nn.Parameter, torch.Tensor) or is_fake(layer.weight)
 
 
@@ -299,7 +298,7 @@ def _module_guard(path: str, module: nn.Module, module_class: type[nn.Module]) -
 
 
 def _activation_guard(module: nn.Module, classes: Container[type[nn.Module]]) -> str | None:
-    """The same for an activation, which a configuration chooses."""
+    """The same for an activation, which the configuration selects."""
     if has_hooks(module):
         return "a hook sits on an activation, which the fused code would pass over"
     if type(module) not in classes or is_replaced(module) or getattr(module, "approximate", "none") != "none":
@@ -312,13 +311,14 @@ def _vision_sizes(module: nn.Module) -> dict[str, int]:
 
 
 class Table(NamedTuple):
-    """What one part of the model has to be; `name` is also that of its functions in `WATCHED`.
+    """What one part of the model must be; `name` is also its key in `WATCHED`.
 
     Attributes:
-        sizes: a module -> what the names of dimensions mean; those that are not given have to be equal inside a layer.
-        blocks, linears: where the layers are, and in each, path -> dimensions of what is called, and so may be adapted.
-        guard, block_guard: look at the settings of the module, and of each layer.
-        extra: tensors that are read and no layer's.
+        sizes: module -> values of named dimensions; names without a value must agree within a layer.
+        blocks, linears: the path of the layers and, within each, path -> dimensions of linear layers, which are called as
+            modules and may carry adapters.
+        guard, block_guard: check the settings of the module, and of each layer.
+        extra: other tensors that are read.
     """
 
     name: str
@@ -335,14 +335,14 @@ class Facts:
     """What the guards found in a part of the model when a request began.
 
     Attributes:
-        guard: why the original has to run, or None.
+        guard: the reason for a fallback, or None.
         plain: whether all linear layers are `is_plain`.
-        row_by_row: whether all of them, adapters included, compute the same for a row wherever it stands.
+        row_by_row: whether all of them, adapters included, compute each row independently of its position.
     """
 
     def __init__(self, table: Table, module: nn.Module) -> None:
         self.table, self.module = table, module
-        self.weight: torch.Tensor | None = None  # the first one, whose dtype all have
+        self.weight: torch.Tensor | None = None  # the first one; all must share its dtype
         self.plain = self.row_by_row = True
         self._tensors: list[torch.Tensor] = []
         self._numbers: list[float] = []
@@ -383,9 +383,9 @@ class Facts:
         if is_plain(linear):
             self._tensors += [] if linear.bias is None else [linear.bias]
             return self._weight_guard(path, linear.weight, names, sizes)
-        # Of an adapted one only the width is asked: it is called as it is.
+        # An adapted layer is called as a module: only its width matters.
         self.plain = False
-        # PEFT's adapters choose by the prompt, or by the place in it, through hooks.
+        # Through hooks, PEFT selects adapters by prompt, or by position.
         heard = any(has_hooks(child) for child in linear.modules())
         self.row_by_row &= not heard and isinstance(inside(linear), nn.Linear)
         width = sizes.get(names[0])
@@ -403,16 +403,16 @@ class Facts:
 
     @cached_property
     def fingerprint(self) -> tuple | None:
-        """What a captured graph fixes: where the tensors lie that it reads, and numbers. None: there must be no graph."""
+        """What is baked into a captured graph: addresses of the tensors it reads, and numbers. None: graphs are not allowed."""
         known = self.guard is None and self.plain and not replaced("linear") and not any(map(is_fake, self._tensors))
         return (*map(_place, self._tensors), *self._numbers) if known else None
 
     def hold(self) -> list[torch.Tensor]:
-        """Those tensors, kept alive wherever the module goes on to."""
+        """Those tensors, to keep them alive even if the module gets new ones."""
         return [tensor.detach() for tensor in self._tensors]
 
     def still_hold(self, held: list[torch.Tensor]) -> bool:
-        """Whether the module reads what is `held`, still or again: as long as that is alive, nothing else lies there."""
+        """Whether the module reads the tensors `held`: while these are alive, nothing else can occupy their addresses."""
         found = (*map(_place, held), *self._numbers)
         return found == self.fingerprint == Facts(self.table, self.module).fingerprint
 
@@ -497,7 +497,7 @@ MERGE = Table("merge", MERGE_PARTS, _merge_guard)
 
 
 def context_guard() -> str | None:
-    """Why no fused code may run at present, whatever it is asked."""
+    """The reason for a fallback that holds for every call at present."""
     if _global_forward_hooks or _global_forward_pre_hooks:
         return "a hook listens to all modules"
     if torch.compiler.is_compiling():
@@ -508,7 +508,7 @@ def context_guard() -> str | None:
 
 
 def attention_guard(name: str | None, masked: bool) -> str | None:
-    """An attention, or a mask function for it, that is none of transformers', which are all ways to the same."""
+    """Rejects attention and mask functions other than transformers' own, which all compute the same."""
     name = name or "eager"
     known = KNOWN_ATTENTION.get(name)
     if known is None or ALL_ATTENTION_FUNCTIONS.get(name) is not known[0]:
@@ -517,8 +517,8 @@ def attention_guard(name: str | None, masked: bool) -> str | None:
 
 
 def call_guard(module: nn.Module, x: torch.Tensor, weight: torch.Tensor, options: dict[str, Any], *others: Any) -> str | None:
-    """Why the original has to run on `x`, as far as this call says: the dtype of all weights, that of `weight`, its keyword
-    arguments, and tensors that a gradient might flow through besides."""
+    """The reason for a fallback that depends on this call: its input `x`, its keyword arguments `options`, and `others` that a
+    gradient might flow through; all weights have the dtype of `weight`."""
     if x.is_meta:
         return "the tensors are on the meta device"
     if torch.is_grad_enabled():
@@ -543,7 +543,7 @@ def call_guard(module: nn.Module, x: torch.Tensor, weight: torch.Tensor, options
 
 
 def cache_guard(cache: Any, n_layers: int, layer_classes: Container[type]) -> str | None:
-    """A cache that is not transformers' plain dynamic one, or one that somebody has given methods of its own."""
+    """Rejects caches other than transformers' plain `DynamicCache`, and those with overridden methods."""
     if reason := replaced("cache"):
         return reason
     kind = type(cache).__name__
@@ -559,7 +559,7 @@ def cache_guard(cache: Any, n_layers: int, layer_classes: Container[type]) -> st
 
 
 def methods_guard(model: nn.Module) -> str | None:
-    """A method of `generate` that is not transformers' or ours, below the patch."""
+    """Rejects a model with its own version of a method of the decoding loop."""
     for name, seen in LOOP.items():
         if original(FAST[Head], model, name) is not seen or name in vars(model):
             return f"{name} was replaced"
@@ -567,7 +567,7 @@ def methods_guard(model: nn.Module) -> str | None:
 
 
 def roots_guard(model: nn.Module) -> str | None:
-    """What a step of `generate` passes through on its way to the layers, and may change its mask."""
+    """Rejects custom or hooked forwards above the layers, which a decode step skips."""
     roots = model, model.model, getattr(model.model, "language_model", None)
     for module, (cls, forward) in zip(roots, FORWARDS.items(), strict=True):
         if module is not None and (

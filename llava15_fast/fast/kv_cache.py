@@ -1,14 +1,14 @@
-"""A key/value cache that is a `DynamicCache` to transformers and preallocated memory to the kernels.
+"""A KV cache that is a `DynamicCache` to transformers and preallocated memory to the kernels.
 
-    KVPool        owns memory; lends it to caches and takes it back when they are gone
+    KVPool        owns the memory; lends it to caches and reclaims it when they are gone
     Buffers       keys and values (B, capacity, kv_heads, head_dim) of every layer, and the graph of the decode step on them
-    Loan          one cache's hold on buffers: how many tokens count
+    Loan          one cache's hold on buffers, and its length in tokens
     PooledLayer   a `DynamicLayer` of that cache, whose keys and values are views of the buffers
 
-New tokens are written in place behind the first `length`; full buffers are copied once into larger ones. Whatever transformers
-or a user does to a layer itself (cropping, selecting, repeating, an update by the original forward) leaves it with tensors of
-its own, as in a `DynamicLayer`; the next fast forward takes it back, without a copy where they are still the beginning of the
-buffers. A view that someone may have kept is never written to: buffers that were read move first.
+New tokens are written in place after the first `length`; full buffers are copied once into larger ones. Operations on a layer
+by transformers or the user (crop, select, repeat, an update by transformers' forward) leave it with its own tensors, as in a
+`DynamicLayer`; the next fast forward moves them back into buffers, with no copy if they are still a prefix of these. Copy on
+write: a view that someone may hold is never written to; buffers whose contents were handed out move first.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def capacity_for(tokens: int) -> int:
 
 
 def _zeros(like: torch.Tensor, capacity: int) -> Pair:
-    """Zeros, not garbage: what padding leaves unwritten is multiplied by a weight of 0 where a mask hides it."""
-    # Made in inference mode it could not be written to outside of it.
+    """Zeros, because rows that padding leaves unwritten are multiplied by attention weights of 0, which NaN would survive."""
+    # A tensor made in inference mode cannot be written to outside of it.
     with torch.inference_mode(False):
         return torch.zeros(2, like.shape[0], capacity, *like.shape[2:], dtype=like.dtype, device=like.device).unbind()
 
 
 class Buffers:
-    """Memory for the keys and values of all layers, each (B, capacity, kv_heads, head_dim), and the slot of the decode step's
-    graph on it. Someone outside may have kept a view of the first `exposed` tokens."""
+    """Memory for the keys and values of all layers, each (B, capacity, kv_heads, head_dim), and the slot for the graph of the
+    decode step on it. Views of the first `exposed` tokens may be held elsewhere."""
 
     def __init__(self, n_layers: int, like: torch.Tensor, tokens: int) -> None:
         self.capacity = capacity_for(tokens)
@@ -54,16 +54,16 @@ class Buffers:
         return self.layers[0][0].shape[0]
 
     def has_room(self, length: int, tokens: int) -> bool:
-        """For `tokens` in all, of which `length` are there; what lies behind those must be seen by nobody."""
+        """Whether `tokens` in total fit, `length` of them present, and no view of the rows after those was handed out."""
         return tokens <= self.capacity and self.exposed <= length
 
     def make_room(self, length: int, tokens: int) -> None:
-        """Layer by layer, so that the old and the new memory of only one are held at a time."""
+        """Grows layer by layer, so that old and new memory coexist for one layer only."""
         if self.has_room(length, tokens):
             return
         capacity = max(capacity_for(tokens), self.capacity)
         self.slot.clear()
-        self.capacity = 0  # until all layers have moved: interrupted, the next call moves them all
+        self.capacity = 0  # until all layers have moved: if interrupted, the next call moves them again
         for index, old in enumerate(self.layers):
             new = _zeros(old[0], capacity)
             for side, before in zip(new, old, strict=True):
@@ -90,8 +90,8 @@ class Buffers:
 
 
 class Loan:
-    """A cache's hold on buffers, of which the first `length` tokens count; its layers hold it, `held` of them lie in the
-    buffers, and with the last of them it is gone."""
+    """A cache's hold on buffers with `length` valid tokens, referenced by its layers, `held` of which are in the buffers; it
+    ends with the last reference."""
 
     def __init__(self, buffers: Buffers) -> None:
         self.buffers, self.length, self.held = buffers, 0, 0
@@ -101,12 +101,12 @@ class Loan:
         return self.held == len(self.buffers.layers)
 
     def advance(self, tokens: int) -> None:
-        """The kernels have written `tokens` more."""
+        """Counts `tokens` that the kernels have written."""
         self.length += tokens
 
 
 def _unexposed(name: str) -> Callable[..., Any]:
-    """transformers' method of that name, whose looks at keys and values nobody keeps."""
+    """transformers' method of that name, whose reads of keys and values do not count as handing them out."""
 
     def run(layer: PooledLayer, *args: Any, **kwargs: Any) -> Any:
         layer._unseen = True
@@ -119,20 +119,20 @@ def _unexposed(name: str) -> Callable[..., Any]:
 
 
 class PooledLayer(DynamicLayer):
-    """A `DynamicLayer` whose keys and values lie in a loan's buffers, as their layer `_index`, until someone gives it others:
-    then these are its `_own`."""
+    """A `DynamicLayer` whose keys and values are in layer `_index` of a loan's buffers, until others are assigned: then these
+    are its `_own`."""
 
     _loan: Loan | None = None
     _own: tuple[torch.Tensor | None, torch.Tensor | None] | None = (None, None)
     _unseen = False
 
     def peek(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Keys and values, for someone who keeps neither."""
+        """Keys and values for internal use, without marking them as handed out."""
         return self._loan.buffers.view(self._index, self._loan.length) if self._own is None else self._own
 
     def _get(self, side: int) -> torch.Tensor | None:
         tensor = self.peek()[side]
-        # What cropping has left is a view of the buffers, too.
+        # A cropped layer's own tensors are views of the buffers, too.
         if not self._unseen and self._loan is not None and self._loan.buffers.shares(self._index, tensor):
             self._loan.buffers.exposed = max(self._loan.buffers.exposed, tensor.shape[-2])
         return tensor
@@ -150,7 +150,7 @@ class PooledLayer(DynamicLayer):
     values = property(lambda self: self._get(1), lambda self, tensor: self._set(1, tensor))
 
     def hold(self, loan: Loan, index: int) -> None:
-        """From now on the layer lies in the loan's buffers."""
+        """Puts the layer into the loan's buffers."""
         self._loan, self._index, self._own = loan, index, None
         keys = loan.buffers.layers[index][0]
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
@@ -170,11 +170,11 @@ class PooledLayer(DynamicLayer):
 
     def update(self, key_states: torch.Tensor, *args: Any, **kwargs: Any) -> Pair:
         if self._own is None and self._loan.length == 0:
-            self.reset()  # memory for another number of prompts, perhaps
+            self.reset()  # the batch size may differ
         return self._update(key_states, *args, **kwargs)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """In place, so that a graph of the decode step stays right."""
+        """In place, so that a captured decode step stays valid."""
         if self._own is not None or self._loan.buffers.exposed:
             return self._reorder(beam_idx)
         for side in self._loan.buffers.layers[self._index]:
@@ -187,7 +187,7 @@ class PooledLayer(DynamicLayer):
         self.is_initialized = False
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        """A copy, or a pickle, is a `DynamicLayer` with memory of its own."""
+        """A copy, or a pickle, is a `DynamicLayer` with its own memory."""
         if self.get_seq_length() == 0:
             return DynamicLayer, ()
         pair = [tensor.clone() for tensor in self.peek()]
@@ -198,8 +198,8 @@ class PooledLayer(DynamicLayer):
 class KVPool:
     """The memory of one model's caches.
 
-    Buffers come back by a finalizer when no layer of their cache lives any more, and are kept for the next request of the same
-    number of prompts if a graph was captured on them.
+    A finalizer returns buffers once no layer of their cache is alive; those with a captured graph are kept for the next request
+    of the same batch size.
     """
 
     def __init__(self) -> None:
@@ -207,13 +207,13 @@ class KVPool:
         self.lock = threading.RLock()
 
     def borrow(self, cache: Cache, n_layers: int, like: torch.Tensor, tokens: int) -> Loan:
-        """The loan that holds `cache`, which passed `cache_guard`, with room for `tokens` in all; what it has is kept.
+        """A loan for `cache`, which passed `cache_guard`, with capacity for `tokens` in total; its contents are kept.
 
         Args:
-            like: (B, ?, kv_heads, head_dim), whose dtype and device the buffers have.
+            like: (B, ?, kv_heads, head_dim) with the dtype and device of the buffers.
 
         Raises:
-            ValueError: the cache holds another number of prompts.
+            ValueError: the batch size of the cache differs.
         """
         layers = cache.layers
         length = layers[0].get_seq_length() if layers else 0
@@ -231,7 +231,7 @@ class KVPool:
 
     @staticmethod
     def _present(layers: list, n_layers: int, length: int) -> Loan | None:
-        """The loan in whose buffers all layers lie, in their order, as far as `length`."""
+        """The loan whose buffers hold all layers in order up to `length`, if there is one."""
         loan = layers[0]._loan if layers and type(layers[0]) is PooledLayer else None
         if loan is None or len(layers) != n_layers or len(loan.buffers.layers) != n_layers:
             return None
@@ -271,14 +271,14 @@ class KVPool:
                 self.idle = [*self.idle, buffers][-limits.IDLE_BUFFERS :]
 
     def clear(self) -> bool:
-        """Frees what no cache uses; whether there was any."""
+        """Frees idle buffers. Returns whether there were any."""
         with self.lock:
             held, self.idle = bool(self.idle), []
             return held
 
 
 LAYERS = DynamicLayer, PooledLayer
-"""What the layers of a cache may be that lends itself to this."""
+"""Layer classes of the caches that are supported."""
 
 
 def _peek(layer: DynamicLayer) -> Pair:
@@ -286,7 +286,7 @@ def _peek(layer: DynamicLayer) -> Pair:
 
 
 def _move(layer: DynamicLayer, loan: Loan, index: int, length: int) -> None:
-    """What `layer` holds, into the loan's buffers; the layer object stays, and becomes a `PooledLayer`."""
+    """Copies the contents of `layer` into the loan's buffers; the object stays the same, as a `PooledLayer`."""
     if length:
         for side, tensor in zip(loan.buffers.layers[index], _peek(layer), strict=True):
             side[:, :length] = tensor.transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Where the rows of one forward of the text model belong: what a plan comes down to, the same for all layers."""
+"""How the rows of one forward of the text model map to tokens, cache slots and attention segments; the same for all layers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..model.modeling import send
 
 @dataclass(frozen=True)
 class Padding:
-    """An attention mask known to the host.
+    """An attention mask, read to the host.
 
     Attributes:
-        spans: per prompt its first token, and the end of its tokens.
-        length: tokens that the mask is about; those behind it are no padding.
+        spans: per prompt, (start, end) of its non-padding tokens.
+        length: of the mask; later tokens are not padding.
     """
 
     spans: tuple[tuple[int, int], ...]
@@ -27,7 +27,7 @@ class Padding:
 
     @classmethod
     def read(cls, mask: Any) -> Padding | str:
-        """One copy to the host; or why the mask is no left and right padding."""
+        """Takes one device-to-host copy. Returns the reason for a fallback if the mask is not left and right padding."""
         if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
             return "the attention mask is not one flag per token"
         if torch.compiler.is_compiling() or mask.is_meta or is_fake(mask):
@@ -43,7 +43,7 @@ class Padding:
         return cls(tuple((first, first + tokens) for first, tokens, _ in spans), valid.shape[1])
 
     def within(self, total: int) -> list[tuple[int, int]]:
-        """The spans among the first `total` tokens."""
+        """The spans, clipped to the first `total` tokens."""
         length = self.length
         return [(min(start, total), total if end == length < total else min(end, total)) for start, end in self.spans]
 
@@ -53,11 +53,11 @@ class TextLayout:
     """
     Attributes:
         position_ids: (1, T), of the rows.
-        rows: (T,) indices of the tokens in the flattened (B, L); None when none is padding.
-        slots: (1, T) rows of the flattened cache (B * capacity) that they are written to; None without a cache.
-        segments: the varlen attention's cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, or None.
-        total_k: rows that the segments of the keys cover.
-        cache_seqlens, cache_leftpad: (B,) int32 for attention split over the cache, or None.
+        rows: (T,) indices of the tokens in the flattened (B, L); None without padding.
+        slots: (1, T) slots of the flattened cache (B * capacity) to write to; None without a cache.
+        segments: cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k of varlen attention, or None.
+        total_k: number of key rows that the segments cover.
+        cache_seqlens, cache_leftpad: (B,) int32 for split-KV attention, or None.
     """
 
     position_ids: torch.Tensor
@@ -70,12 +70,12 @@ class TextLayout:
 
 
 class Spans:
-    """Which of `length` new tokens behind `past` are padding, for a batch of prompts.
+    """Which of `length` new tokens after `past` are padding, for a batch of prompts.
 
     Attributes:
-        spans: of the tokens that are none, the past ones among them.
-        starts, ends: of those among the new tokens, counted from the beginning.
-        is_empty, is_full: whether all of the new ones are padding, or none.
+        spans: (start, end) of the non-padding tokens, past ones included.
+        starts, ends: the part of each span in the new tokens, in absolute positions.
+        is_empty, is_full: whether all, or none, of the new tokens are padding.
     """
 
     def __init__(self, spans: Sequence[tuple[int, int]], past: int, length: int) -> None:
@@ -86,7 +86,7 @@ class Spans:
         self.is_full = all(start == past for start in self.starts) and all(end == past + length for end in self.ends)
 
     def indices(self, offset: int, shift: int, device: torch.device) -> torch.Tensor:
-        """starts[b] : ends[b] of every prompt b, moved by b * offset - shift."""
+        """The concatenated ranges starts[b] : ends[b], each shifted by b * offset - shift."""
         parts = [
             torch.arange(start + b * offset - shift, end + b * offset - shift, device="cpu")
             for b, (start, end) in enumerate(zip(self.starts, self.ends, strict=True))
@@ -95,11 +95,11 @@ class Spans:
 
 
 def prompt_layout(tokens: Spans, position_ids: torch.Tensor, capacity: int | None) -> TextLayout:
-    """For a prompt or the next part of one: varlen attention, without rows for padding.
+    """For prefill, or a chunk of it: varlen attention, without rows for padding.
 
     Args:
         position_ids: (1, B * L).
-        capacity: of the KV buffers; None without a cache, and then there is no past.
+        capacity: of the KV buffers; None without a cache, in which case there is no past.
     """
     device, batch = position_ids.device, len(tokens.spans)
     if capacity is None and tokens.is_full:
@@ -112,7 +112,7 @@ def prompt_layout(tokens: Spans, position_ids: torch.Tensor, capacity: int | Non
     if capacity is None:
         lengths = [end - start for start, end in tokens.spans]
         return TextLayout(position_ids, rows, None, _segments(lengths, lengths, device), sum(lengths))
-    # The cache's rows are cut into segments too: what lies between the prompts is nobody's, and no query sees it.
+    # Rows of the cache between two prompts form key segments without queries.
     lengths_q, lengths_k, covered = [], [], 0
     for b, (start, end) in enumerate(tokens.spans):
         first = b * capacity + start
@@ -124,20 +124,20 @@ def prompt_layout(tokens: Spans, position_ids: torch.Tensor, capacity: int | Non
 
 
 def decode_numbers(starts: Sequence[int], past: int, length: int, capacity: int) -> torch.Tensor:
-    """(3, B) or, for several tokens, a flat tensor of int32 on the host: slots, lengths, left padding; see `decode_layout`."""
+    """Slots, sequence lengths and left padding as one flat int32 tensor on the host; see `decode_layout`."""
     batch, total = len(starts), past + length
     slots = [b * capacity + token for b in range(batch) for token in range(past, total)]
     return torch.tensor([*slots, *[total] * batch, *starts], dtype=torch.int32, device="cpu")
 
 
 def decode_layout(position_ids: torch.Tensor, numbers: torch.Tensor, batch: int) -> TextLayout:
-    """For a few new tokens of every prompt: attention split over the cache. `position_ids` (1, B * L)."""
+    """For a few new tokens per prompt: split-KV attention. `position_ids` (1, B * L)."""
     slots, seqlens, leftpad = numbers.split([position_ids.shape[1], batch, batch])
     return TextLayout(position_ids, slots=slots[None], cache_seqlens=seqlens, cache_leftpad=leftpad)
 
 
 def _segments(lengths_q: list[int], lengths_k: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-    """Pairs of empty segments are left out."""
+    """Drops pairs of empty segments."""
     pairs = [pair for pair in zip(lengths_q, lengths_k, strict=True) if pair != (0, 0)]
     rows = [[0, *accumulate(lengths)] for lengths in zip(*pairs, strict=True)]
     return (*send(torch.tensor(rows, dtype=torch.int32, device="cpu"), device), max(lengths_q), max(lengths_k))

@@ -1,11 +1,11 @@
-"""A request: a call of `generate`, or a direct forward. It is guarded and planned once, when it begins.
+"""A request: a call of `generate`, or a direct forward. Guards are evaluated and the request is planned once, when it begins.
 
-    generate            opens a request; transformers' `_prefill` tells it the whole mask; its first forward binds the cache,
-                        and the forwards on that cache are its steps: they follow the plan and look at nothing else
-    a direct forward    of the model, the inner model, the text model or the vision tower is a request of its own
+    generate            opens a request; in transformers' `_prefill` it reads the whole mask; its first forward binds the cache,
+                        and forwards on that cache are its steps, which follow the plan without evaluating guards again
+    a direct forward    of the model, the inner model, the text model or the vision tower is its own request
 
-The request travels in a context variable: the plain model knows nothing of it, and a mask stays a tensor for everyone. What
-changes in the middle of a request is seen by the next one.
+The request travels in a context variable, so that the plain model needs no knowledge of it and masks remain tensors. Changes
+made to the model during a request take effect with the next one.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _current: ContextVar[Request | None] = ContextVar("llava15_request", default=Non
 class Request:
     """
     Attributes:
-        runtime: of the model whose modules it goes through.
-        is_generate: whether it is a call of `generate`, whose loop is known.
-        mask, padding: the attention mask that was read, and what it says.
-        reads_padding: whether what is said of padding counts: in a loss, or as logits of what predicts a prompt's first token.
-        cache, loan: that a `generate` is bound to by its first forward.
-        starts: per prompt its first token that is no padding.
-        most_tokens: new ones of a prompt that a step may have.
-        begun, loop_began: whether the text model, and the decoding loop, have run.
+        runtime: of the patched model.
+        is_generate: whether this is a call of `generate` with a known loop.
+        mask, padding: the attention mask that was read, and its padding.
+        reads_padding: whether outputs at padding are used: in a loss, or as the logits that predict a prompt's first token.
+        cache, loan: bound by the first forward within `generate`.
+        starts: index of the first non-padding token, per prompt.
+        most_tokens: the maximum number of new tokens per prompt in a step.
+        begun, loop_began: whether the text model, and the decoding loop, have started.
     """
 
     def __init__(self, module: nn.Module, mask: Any = None, is_generate: bool = False) -> None:
@@ -54,30 +54,30 @@ class Request:
         self.read(mask)
 
     def read(self, mask: Any) -> None:
-        """Looks at the mask, before anything is launched: behind the vision tower the host would wait for it."""
+        """Reads the mask before any kernel launch: after the vision tower is queued, the copy would block the host."""
         self.mask = mask
         self.padding = None if mask is None else Padding.read(mask)
 
     def padding_of(self, mask: Any) -> Padding | str | None:
-        """What `mask` says; in `generate` it is the one that was read, or its beginning."""
+        """The padding of `mask`; within `generate`, `mask` is the one that was read, or a prefix of it."""
         if mask is self.mask or (self.is_generate and self.padding is not None):
             return self.padding
         return None if mask is None else Padding.read(mask)
 
     def covers(self, module: nn.Module, cache: Any = None) -> bool:
-        """Whether a forward of `module` on `cache` belongs to it: the first one, or a step on the cache that is bound."""
+        """Whether a forward of `module` on `cache` belongs to this request: its first one, or a step on the bound cache."""
         if self.runtime is None or runtime_of(module) is not self.runtime:
             return False
         return not self.begun or (cache is not None and cache is self.cache)
 
     def begin(self, cache: Any, loan: Loan | None, starts: list[int], most_tokens: int) -> None:
-        """The text model runs: the vision tower is done, and from now on only steps on `cache` belong to a `generate`."""
+        """Called when the text model starts; from here on only steps on `cache` belong to a `generate`."""
         self.begun, self.starts, self.most_tokens = True, starts, most_tokens
         if self.is_generate:
             self.cache, self.loan = cache, loan
 
     def facts(self, table: Table, module: nn.Module) -> Facts:
-        """Looked at once."""
+        """Computed once per request."""
         key = table.name, id(module)
         if key not in self._facts:
             self._facts[key] = Facts(table, module)
@@ -100,7 +100,7 @@ def opened(request: Request) -> Iterator[Request]:
 
 
 def _loss_reads_padding(labels: Any, mask: Any) -> bool:
-    """Whether a token that counts, one that is not -100, follows padding, which predicts it."""
+    """Whether a label that counts (not -100) is predicted from a padding position."""
     if labels is None or mask is None:
         return False
     if mask.ndim != 2 or labels.shape[1] > mask.shape[1] or mask.is_meta or is_fake(mask):
@@ -110,7 +110,7 @@ def _loss_reads_padding(labels: Any, mask: Any) -> bool:
 
 
 def _keeps_padding(given: dict[str, Any], padding: Padding | str | None) -> bool:
-    """Whether logits are kept of a place before a prompt."""
+    """Whether logits of padding to the left of a prompt are kept."""
     tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
     kept = given.get("logits_to_keep", 0)
     if not isinstance(padding, Padding) or tokens is None or (isinstance(kept, torch.Tensor) and not kept.numel()):
@@ -121,7 +121,7 @@ def _keeps_padding(given: dict[str, Any], padding: Padding | str | None) -> bool
 
 
 def as_request(base: type[nn.Module]) -> Callable[..., Any]:
-    """The forward of the patched class of `base`: the original, as a part of the request that it belongs to or as its own."""
+    """The forward of the patched class of `base`: the original forward, inside its request, which it opens if there is none."""
     names = tuple(inspect.signature(base.forward).parameters)[1:]
 
     @functools.wraps(base.forward)

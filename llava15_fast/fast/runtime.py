@@ -29,11 +29,11 @@ _living: weakref.WeakSet[Runtime] = weakref.WeakSet()
 
 
 class Record:
-    """What ran in one patched model; `method` is what the report calls it, "visual.encode" say.
+    """What ran in one patched model; `method` is its name in the report, such as "visual.encode".
 
     Attributes:
         ran: method -> backend -> calls.
-        fallbacks: method -> reason -> calls of the original.
+        fallbacks: method -> reason -> fallbacks to transformers' forward.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Record:
         return how
 
     def fall_back(self, method: str, reason: str) -> None:
-        """The original runs, because of `reason`: counted, and logged the first time."""
+        """Counts a fallback and logs it the first time."""
         if not torch.compiler.is_compiling():
             self.fallbacks[method][reason] += 1
             _log_fallback(method, reason)
@@ -58,14 +58,14 @@ def _log_fallback(method: str, reason: str) -> None:
 
 
 class Runtime:
-    """Options, record, KV memory and graphs of one patched model. A copy or a pickle has its own."""
+    """Options, record, KV pool and CUDA graphs of one patched model. Copies and pickles get their own."""
 
     def __init__(self, backend: Backend, cuda_graph: bool) -> None:
         self.backend, self.cuda_graph = backend, cuda_graph
         self.record = Record()
         self.pool = KVPool()
         self.graphs = Graphs()
-        # Of the image sizes that came last; their graphs go with their slots.
+        # For the most recent image sizes; a graph is freed with its slot.
         self.vision_slot = functools.lru_cache(limits.VISION_GRAPHS)(lambda sizes: Slot())
         _living.add(self)
 
@@ -79,19 +79,19 @@ class Runtime:
         return self.cuda_graph and self.graphs.can_capture(device)
 
     def release(self) -> bool:
-        """Frees graphs and idle KV memory; whether there were any."""
+        """Frees graphs and idle KV buffers. Returns whether there were any."""
         freed = [self.graphs.clear(), self.pool.clear()]
         self.vision_slot.cache_clear()
         return any(freed)
 
 
 def runtime_of(module: nn.Module) -> Runtime | None:
-    """None where another thread has unpatched the model meanwhile."""
+    """None if another thread has unpatched the model in the meantime."""
     return vars(module).get(RUNTIME)
 
 
 def with_room(run: Callable[[], T]) -> T:
-    """`run()`; where memory runs out, once more without what the graphs of all models hold: they only save time."""
+    """`run()`; on out-of-memory, once more after freeing graphs and idle KV buffers of all models, which only save time."""
     if torch.compiler.is_compiling():
         return run()
     try:
@@ -104,10 +104,10 @@ def with_room(run: Callable[[], T]) -> T:
 
 
 class FastModule:
-    """What the patched classes have in common."""
+    """Base of the patched classes."""
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        """Weights that move or change their dtype are not kept alive by graphs that read them."""
+        """Frees the graphs when weights move or change dtype, or they would keep the old weights alive."""
         if (runtime := runtime_of(self)) is not None:
             runtime.release()
         return super()._apply(fn, recurse)

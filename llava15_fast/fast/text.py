@@ -1,18 +1,18 @@
-"""The text model's forward over the kernels: packed rows, and a cache that is written in place.
+"""The text model's forward on the kernels: packed rows, and a KV cache written in place.
 
     embeds (B, L, width)
         -> rows (T, width)                      without padding
         per layer, x and the residual r carried on:
             n, r = rms_norm(x + r)
             q, k, v = n Wq^T, n Wk^T, n Wv^T
-            q = qk_norm_rope(q, k, v)           keys and values go into the cache (`kv_cache.py`)
-            a = attention(q, cache)             split over the cache for a few new tokens, varlen for a prompt
+            q = qk_norm_rope(q, k, v)           writes keys and values into the cache (`kv_cache.py`)
+            a = attention(q, cache)             split-KV for a few new tokens, varlen for prefill
             n, r = rms_norm(a Wo^T + r)
             x = silu_and_mul(n Wgate^T, n Wup^T) Wdown^T
         -> rms_norm(x + r) -> (B, L, width)
 
-Thirteen launches a layer in decoding. A request (`request.py`) is guarded and planned by its first forward (`first_step`);
-those that follow on the same cache take `next_step`, which looks at shapes only.
+Thirteen kernel launches per layer in a decode step. The first forward of a request (`request.py`) evaluates the guards and
+plans it (`first_step`); later ones on the same cache take `next_step`, which checks shapes only.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class FastTextModel(FastModule, Qwen3Model):
         past_key_values: Cache | None = None, inputs_embeds: torch.Tensor | None = None, use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:  # fmt: skip
-        if (cache := kwargs.pop("cache", None)) is None:  # its other name, see `releases.CACHE`
+        if (cache := kwargs.pop("cache", None)) is None:  # the newer name, see `releases.CACHE`
             cache = past_key_values
         call = TextCall(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, kwargs)
         forward, runtime = original(FastTextModel, self, "forward"), runtime_of(self)
@@ -88,7 +88,7 @@ class TextCall:
         return self.input_ids if self.inputs_embeds is None else self.inputs_embeds
 
     def inputs(self) -> dict[str, Any]:
-        """For the original."""
+        """For transformers' forward."""
         return {
             "input_ids": self.input_ids, "attention_mask": self.attention_mask, "position_ids": self.position_ids,
             **as_argument(self.cache), "inputs_embeds": self.inputs_embeds, "use_cache": self.use_cache, **self.options,
@@ -97,7 +97,7 @@ class TextCall:
 
 @dataclass
 class Step:
-    """One forward, planned; a few new tokens have, in the place of a layout, its numbers, which are on the host still."""
+    """The plan of one forward; for a few new tokens with the layout's `numbers`, on the host, in place of a layout."""
 
     facts: Facts
     cache: Cache | None
@@ -109,13 +109,13 @@ class Step:
 
 
 def plan(module: nn.Module, runtime: Runtime, call: TextCall) -> Step | str:
-    """What to run, or why the original has to."""
+    """The plan, or the reason for a fallback."""
     request = current(module, call.cache) or Request(module)
     return next_step(module, request, call) or first_step(module, runtime, request, call)
 
 
 def next_step(module: nn.Module, request: Request, call: TextCall) -> Step | None:
-    """A few more tokens of every prompt in a request that is under way; None where it has to be planned anew."""
+    """A few more tokens per prompt in a running request; None if they need a full plan."""
     loan = request.loan
     if loan is None:
         return None
@@ -124,7 +124,7 @@ def next_step(module: nn.Module, request: Request, call: TextCall) -> Step | Non
         return None
     if mask is not None and mask.shape != (batch, past + length):
         return None
-    if past < getattr(request.padding, "length", 0):  # a chunk of the prompt, which may hold padding
+    if past < getattr(request.padding, "length", 0):  # a chunk of the prompt, which may contain padding
         return None
     if not buffers.has_room(past, past + length):
         with_room(lambda: buffers.make_room(past, past + length))
@@ -133,7 +133,7 @@ def next_step(module: nn.Module, request: Request, call: TextCall) -> Step | Non
 
 
 def first_step(module: nn.Module, runtime: Runtime, request: Request, call: TextCall) -> Step | str:
-    """Everything is looked at, and only then is the cache touched."""
+    """Evaluates all guards before it touches the cache."""
     facts, use_cache, cache = request.facts(TEXT, module), call.use_cache, call.cache
     if reason := facts.guard or _input_guard(module, call):
         return reason
@@ -153,7 +153,7 @@ def first_step(module: nn.Module, runtime: Runtime, request: Request, call: Text
     if cache is not None:
         like = facts.weight.new_empty((batch, 0, config.num_key_value_heads, config.head_dim))
         loan = with_room(lambda: runtime.pool.borrow(cache, n_layers, like, past + length))
-    # New tokens of a prompt that attention split over the cache takes.
+    # Maximum number of new tokens per prompt for split-KV attention.
     most_tokens = max_rows(config.head_dim, facts.weight.dtype) // (config.num_attention_heads // config.num_key_value_heads)
     request.begin(cache, loan, [start for start, _ in tokens.spans], most_tokens)
     step = Step(facts, cache, bool(use_cache), loan, _position_ids(call, past))
@@ -165,8 +165,8 @@ def first_step(module: nn.Module, runtime: Runtime, request: Request, call: Text
 
 
 def compiled(module: nn.Module, runtime: Runtime, call: TextCall) -> torch.Tensor | None:
-    """What torch.compile captures; None for the original: a cache that is written in place and a mask that is read are nothing
-    for it."""
+    """The forward that torch.compile captures; None for a fallback, as with a cache, which would be written in place, or a
+    mask, which would be read."""
     cached = call.cache is not None or (module.config.use_cache if call.use_cache is None else call.use_cache)
     if type(module) is not FastTextModel or cached or call.attention_mask is not None or call.position_ids is not None:
         return None
@@ -192,12 +192,12 @@ def _input_guard(module: nn.Module, call: TextCall) -> str | None:
 
 
 def _tokens(request: Request, call: TextCall, past: int) -> Spans | str:
-    """Which of the new tokens are padding, or why that is nothing for the kernels."""
+    """Which of the new tokens are padding, or the reason for a fallback."""
     mask, positions, (batch, length) = call.attention_mask, call.position_ids, call.given.shape[:2]
     if positions is not None and (positions.ndim != 2 or positions.shape[1] != length):
         return "the positions are not one per token"
     if positions is not None and call.cache is None and mask is None and (positions.diff(dim=-1) != 1).any():
-        # Without a cache transformers reads jumps in the positions as the borders of packed sequences.
+        # Without a cache, transformers takes jumps in the positions for boundaries of packed sequences.
         return "the positions describe packed sequences"
     total = past + length
     padding = request.padding_of(mask)
@@ -208,7 +208,7 @@ def _tokens(request: Request, call: TextCall, past: int) -> Spans | str:
     tokens = Spans([(0, total)] * batch if padding is None else padding.within(total), past, length)
     if tokens.is_empty:
         return "there is nothing but padding"
-    # `generate` says `use_cache`, and reads what follows the last token, be it padding.
+    # `generate`, which passes `use_cache`, uses the logits of the last position even if it is padding.
     if call.use_cache is not None and any(end < total for end in tokens.ends):
         return "a prompt ends with padding"
     if request.reads_padding and not tokens.is_full:
@@ -225,7 +225,7 @@ def _position_ids(call: TextCall, past: int) -> torch.Tensor:
 
 
 def execute(module: nn.Module, runtime: Runtime, call: TextCall, step: Step) -> torch.Tensor:
-    """(B, L, width), after the last norm; the cache counts the new tokens as soon as they are there."""
+    """(B, L, width), after the last norm; advances the cache once the new tokens are written."""
     embeds = module.embed_tokens(call.input_ids) if call.inputs_embeds is None else call.inputs_embeds
     hidden_states = None if step.numbers is None else _replay(module, runtime, step, embeds)
     if hidden_states is None:
@@ -241,7 +241,7 @@ def execute(module: nn.Module, runtime: Runtime, call: TextCall, step: Step) -> 
 
 
 def _replay(module: nn.Module, runtime: Runtime, step: Step, embeds: torch.Tensor) -> torch.Tensor | None:
-    """The output for one new token per prompt by a CUDA graph; None where there is none."""
+    """The output for one new token per prompt from a CUDA graph; None if there is no graph."""
     batch, length = embeds.shape[:2]
     if length != 1 or not runtime.can_capture(embeds.device) or step.facts.fingerprint is None:
         return None
@@ -250,7 +250,7 @@ def _replay(module: nn.Module, runtime: Runtime, step: Step, embeds: torch.Tenso
     def run(embeds: torch.Tensor, position_ids: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         return run_layers(module, embeds, decode_layout(position_ids, numbers, batch), storages, backend)
 
-    # Pinned: a copy from elsewhere may wait for the device.
+    # Pinned, because copies from pageable memory may synchronize.
     numbers = step.numbers.pin_memory() if embeds.device.type == "cuda" else step.numbers
     key = (METHOD, step.facts.fingerprint, backend, embeds.shape, embeds.dtype, step.position_ids.dtype)
     slot, inputs = step.loan.buffers.slot, (embeds, step.position_ids, numbers)
@@ -264,11 +264,11 @@ def run_layers(
     module: nn.Module, embeds: torch.Tensor, layout: TextLayout, storages: Sequence[Pair] | None, backend: str,
     shape: tuple[int, int] | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """(B, L, width) -> (B, L, width) after the last norm; zeros where the layout has padding.
+    """(B, L, width) -> (B, L, width) after the last norm, with zeros at padding.
 
     Args:
         storages: keys and values of every layer, (B, capacity, kv_heads, head_dim).
-        shape: (B, L) where linear layers have to see their rows in transformers' shape, because of a hook or adapter.
+        shape: (B, L) if linear layers must be given transformers' shape because of a hook or adapter.
     """
     x = embeds.flatten(0, 1)
     if layout.rows is not None:
@@ -290,33 +290,33 @@ def run_layers(
 
 
 class Run:
-    """What all layers of one forward are computed with."""
+    """State shared by all layers of one forward."""
 
     def __init__(self, module: nn.Module, layout: TextLayout, batch: int, backend: str, shape: tuple[int, int] | None) -> None:
         self.layout, self.batch, self.backend, self.shape, config = layout, batch, backend, shape, module.config
-        # Read once: transformers' configurations take their time.
+        # Read once: attribute access on transformers' configurations is slow.
         self.heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
         rope = layout.position_ids, module.rotary_emb.inv_freq.float(), module.rotary_emb.attention_scaling
-        # Without the kernel, which makes its angles where it uses them, the tables are made once.
+        # The kernel computes angles on the fly; the torch backend uses precomputed tables.
         self.rope = rope_tables(*rope) if backend == "torch" else rope
 
     def norm(self, norm: nn.Module, x: torch.Tensor, *residual: torch.Tensor) -> Any:
         return rms_norm(x, norm.weight, norm.variance_epsilon, *residual, backend=self.backend)
 
     def project(self, x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
-        """Linear layers that read the same rows (T, width): the one place that decides how they are computed."""
+        """Linear layers on the same rows (T, width): the one place that decides how they run."""
         if self.shape is None:
             return [layer(x) for layer in layers]
         return [layer(x.view(*self.shape, -1)).flatten(0, 1) for layer in layers]
 
     def gated(self, mlp: nn.Module, normed: torch.Tensor) -> torch.Tensor:
         gate, up = self.project(normed, mlp.gate_proj, mlp.up_proj)
-        if self.backend == "torch" and is_plain(mlp.gate_proj):  # nobody else holds its output
+        if self.backend == "torch" and is_plain(mlp.gate_proj):  # no hook may hold its output
             return nn.functional.silu(gate, inplace=True).mul_(up)
         return silu_and_mul(gate, up, backend=self.backend)
 
     def attend(self, attention: nn.Module, normed: torch.Tensor, storage: Pair | None) -> torch.Tensor:
-        """(T, width) -> (T, heads * head_dim): projections, head norms, rotary embedding, cache, attention."""
+        """(T, width) -> (T, heads * head_dim): projections, QK norm, RoPE, cache update, attention."""
         layout, backend, head_dim = self.layout, self.backend, attention.head_dim
         projected = self.project(normed, attention.q_proj, attention.k_proj, attention.v_proj)
         q, k, v = (x.view(1, -1, n, head_dim) for x, n in zip(projected, self.heads, strict=True))

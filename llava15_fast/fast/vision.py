@@ -1,15 +1,15 @@
-"""The vision tower over the kernels: patch embedding, blocks, merger.
+"""The vision tower on the kernels: patch embedding, blocks, merger.
 
     x = pixels Wpatch^T, a class row before each segment, layer_norm
     per block, x and the residual r carried on:
         n, r = layer_norm(x + r)
         q, k, v = n Wqkv^T + b,     q, k = vision_rope_2d(q, k)
-        a = attention(q, k, v)                          inside each segment
+        a = attention(q, k, v)                          within each segment
         n, r = layer_norm(a Wproj^T + b + r)
         x = gelu(n W1^T + b) W2^T + b
     -> x + r
 
-Nine launches a block, and no copy between host and device.
+Nine kernel launches per block, and no host-device copies.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class FastVisionModel(FastModule, LlavaOnevision1_5VisionModel):
     forward = as_request(LlavaOnevision1_5VisionModel)
 
     def embed_patches(self, pixel_values: torch.Tensor, layout: VisionLayout) -> torch.Tensor:
-        """The convolution sees one patch at a time: a matrix product, several times faster as one."""
+        """The convolution has one patch as its input: a matrix product, which is several times faster."""
         weight = getattr(getattr(self.patch_embed, "proj", None), "weight", None)
         x = pixel_values if weight is None else pixel_values.to(weight.dtype)
         runtime, _ = _enter(self, "embed_patches", EMBED, x, weight)
@@ -76,14 +76,14 @@ class FastVisionModel(FastModule, LlavaOnevision1_5VisionModel):
 def _enter(
     module: nn.Module, name: str, table: Table, x: torch.Tensor, weight: torch.Tensor | None = None, **options: Any
 ) -> tuple[Runtime | None, Facts | None]:
-    """The runtime where the kernels run on `x`; where the original has to, None, which is counted."""
+    """Runtime and facts if the kernels run on `x`; None for a fallback, which is counted."""
     runtime, compiling = runtime_of(module), torch.compiler.is_compiling()
     if runtime is None or (compiling and type(module) is not FastVisionModel):
         return None, None
     if not compiling and original(FastVisionModel, module, name) is not METHODS[name]:
         runtime.record.fall_back(f"visual.{name}", "the class has a method of its own")
         return None, None
-    # A method that is called by itself, or compiled, is no request.
+    # A direct call of the method, or a compiled one, has no request.
     request = None if compiling else current(module)
     facts = Facts(table, module) if request is None else request.facts(table, module)
     reason = facts.guard or call_guard(module, x, facts.weight if weight is None else weight, options)
@@ -96,18 +96,18 @@ def _enter(
 def _replay(
     module: nn.Module, runtime: Runtime, facts: Facts, hidden_states: torch.Tensor, layout: VisionLayout
 ) -> torch.Tensor | None:
-    """The blocks by a CUDA graph, where the host would take longer to launch them than the device to run them."""
+    """The blocks by a CUDA graph, for sizes at which kernel launches would take longer than the kernels."""
     device = hidden_states.device
     if len(hidden_states) > limits.VISION_GRAPH_ROWS or facts.fingerprint is None:
         return None
     backend = runtime.backend_on(device)
-    if backend == "torch" and device.type == "cuda":  # its attention reads lengths back from the device
+    if backend == "torch" and device.type == "cuda":  # its attention copies lengths to the host
         return None
 
     def step(hidden_states: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         return run_blocks(module, hidden_states, position_ids, cu_seqlens, layout.max_seqlen, backend)
 
-    # The grids themselves are inputs; the longest segment is a number in the launch.
+    # Positions and cu_seqlens are inputs of the graph; the maximum length is baked into the launch.
     sizes = layout.lengths, hidden_states.dtype
     key = ("visual.encode", facts.fingerprint, backend, *sizes)
     inputs = hidden_states, layout.position_ids, layout.cu_seqlens
@@ -123,7 +123,7 @@ def run_blocks(
 ) -> torch.Tensor:  # fmt: skip
     """(S, hidden) -> (S, hidden)."""
     angles = position_ids, module.rotary_pos_emb.inv_freq, module.class_pos_emb
-    # Without the kernel, which makes its angles where it uses them, the tables are made once.
+    # The kernel computes angles on the fly; the torch backend uses precomputed tables.
     tables = vision_rope_tables(*angles) if backend == "torch" else None
 
     def norm(layer: nn.LayerNorm, *x: torch.Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""Checkpoint files: a check of what lies in a folder, and the tensor names of the two formats.
+"""Checkpoint files: validation of a local folder, and the tensor names of the two formats.
 
 | module                      | published (read and written) | upstream port (read)             |
 |-----------------------------|------------------------------|----------------------------------|
@@ -21,7 +21,7 @@ from transformers.modeling_utils import _add_variant
 
 
 def published_names(base_prefix: str) -> list[WeightRenaming]:
-    """Published names -> module names, reversible. `base_prefix` is "model." below the generation class, else ""."""
+    """Published names -> module names, reversible. `base_prefix` is "model." for the generation class, else ""."""
     return [
         WeightRenaming(r"^visual", f"{base_prefix}visual"),
         WeightRenaming(r"^model(?!\.(language_model|visual))", f"{base_prefix}language_model"),
@@ -29,7 +29,7 @@ def published_names(base_prefix: str) -> list[WeightRenaming]:
 
 
 def upstream_names() -> list[WeightConverter | WeightRenaming]:
-    """The upstream port's two embedding tables of one row -> parameters. Its other names are the module names."""
+    """The upstream port's two one-row embedding tables -> parameters. Its other names are the module names."""
     return [
         WeightConverter("visual.class_embedding.weight", "visual.class_embedding", operations=[SplitModulelist(dim=0)]),
         WeightRenaming("visual.class_pos_emb.weight", "visual.class_pos_emb"),
@@ -37,20 +37,20 @@ def upstream_names() -> list[WeightConverter | WeightRenaming]:
 
 
 def register_tensor_names(model_class: type) -> None:
-    """Both formats, for a class with a `published_prefix`: transformers looks them up by the name of the class."""
+    """Registers both formats for a class with a `published_prefix`; transformers looks them up by class name."""
     names = published_names(model_class.published_prefix) + upstream_names()
     register_checkpoint_conversion_mapping(model_class.__name__, names, overwrite=True)
 
 
 def check_checkpoint_files(name: Any, subfolder: str = "", variant: str | None = None) -> None:
-    """Opens the header of every safetensors file that a local checkpoint consists of; a repository name is not checked.
+    """Opens the header of every safetensors file of a local checkpoint; repository names are not checked.
 
     Args:
-        name: a folder; if an adapter's, the folder of its model is looked at too, as transformers loads that.
+        name: a folder; if it holds an adapter, the folder of its base model is checked too, since transformers loads it.
         subfolder, variant: as of `from_pretrained`.
 
     Raises:
-        OSError: an index that cannot be read or points out of the folder, a file that is missing or corrupt, or only pickles.
+        OSError: an index is unreadable or points outside the folder, a file is missing or corrupt, or there are only pickles.
     """
     folders = [Path(str(name)) / subfolder]
     for adapter in (Path(str(name), "adapter_config.json"), folders[0] / "adapter_config.json"):

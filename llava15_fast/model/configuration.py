@@ -13,13 +13,13 @@ from transformers import PreTrainedConfig, Qwen3Config
 from transformers.activations import ACT2FN
 
 UPSTREAM_TYPE = "llava_onevision1_5"
-"""The `model_type` of the port that is being prepared upstream; its files are read into the same classes."""
+"""The `model_type` of the port in preparation upstream; its files load into the same classes."""
 
 OWN_NAME = "Llava15Fast"
-"""What the names of classes begin with of which transformers brings its own; a saved configuration names the published ones."""
+"""Prefix of our class names where transformers has its own class; saved configurations name the published ones."""
 
 MAX_LAYERS = 1000
-"""More are no model but a way to keep a machine busy."""
+"""A bound on what a hostile configuration can allocate."""
 
 RULES = {
     "layers": (lambda value: type(value) is int and 0 < value <= MAX_LAYERS, f"a whole number from 1 to {MAX_LAYERS}"),
@@ -30,11 +30,11 @@ RULES = {
     "mappings": (lambda value: value is None or isinstance(value, dict) or hasattr(value, "to_dict"), "a mapping"),
     "activations": (lambda value: value in ACT2FN, "an activation that transformers knows"),
 }
-"""What a field has to be. Zero layers or heads would load, and answer, without the weights of the file."""
+"""Validation rules of fields. With zero layers or heads a model would load, and answer, without the file's weights."""
 
 
 def _check(part: str, fields: dict[str, Any], **names: list[str]) -> None:
-    """Raises ValueError where a field breaks the rule that it is named for."""
+    """Raises ValueError if a field violates its rule. `names` is rule -> fields."""
     for rule, fields_of_rule in names.items():
         holds, expected = RULES[rule]
         for name in fields_of_rule:
@@ -46,7 +46,7 @@ class LlavaOnevision1_5VisionConfig(PreTrainedConfig):
     """The RICE vision transformer and its 2x2 patch merger.
 
     `text_hidden_size` is the width of the merged features (the upstream port calls it `out_hidden_size`);
-    `rope_theta` is the base of the 2D rotary embedding.
+    `rope_theta` is the base of 2D RoPE.
     """
 
     model_type = "rice_vit"
@@ -93,7 +93,7 @@ class LlavaOnevision1_5VisionConfig(PreTrainedConfig):
 class LlavaOnevision1_5TextConfig(Qwen3Config):
     """The Qwen3 language model; the defaults are the 4B's.
 
-    `rope_theta` and `rope_scaling` may stand beside `rope_parameters`, as the published files have them.
+    `rope_theta` and `rope_scaling` may be given at the top level, as in the published files.
     """
 
     model_type = "LLaVAOneVision1_5_text"
@@ -125,7 +125,7 @@ class LlavaOnevision1_5TextConfig(Qwen3Config):
             raise ValueError(f"text head_dim {self.head_dim} is odd: RoPE turns pairs")
 
     def to_dict(self) -> dict[str, Any]:
-        """As Qwen3's, plus the `rope_theta` key that readers of the published format look for."""
+        """As Qwen3's, plus the `rope_theta` key of the published format."""
         output = super().to_dict()
         parameters = output.get("rope_parameters") or {}
         if parameters.get("rope_type") == "default" and "rope_theta" in parameters:
@@ -134,7 +134,7 @@ class LlavaOnevision1_5TextConfig(Qwen3Config):
 
 
 class LlavaOnevision1_5Config(PreTrainedConfig):
-    """The whole model. An absent `tie_word_embeddings` means that `lm_head` has its own weight."""
+    """The whole model. If `tie_word_embeddings` is absent, `lm_head` has its own weight."""
 
     model_type = "llavaonevision1_5"
     sub_configs = {"vision_config": LlavaOnevision1_5VisionConfig, "text_config": LlavaOnevision1_5TextConfig}
@@ -154,7 +154,7 @@ class LlavaOnevision1_5Config(PreTrainedConfig):
         self.vision_config = _part(LlavaOnevision1_5VisionConfig, self.vision_config, text_hidden_size=width)
         # Older releases of transformers wrote the flag into the text configuration.
         self.tie_word_embeddings = bool(self.tie_word_embeddings or self.text_config.tie_word_embeddings)
-        # The published top level repeats this key; the text configuration is the one that counts.
+        # Repeated at the published top level; the text configuration's value is the one that counts.
         kwargs.pop("vocab_size", None)
         super().__post_init__(**kwargs)
         _check("", vars(self), ids=["image_token_id", "video_token_id"])
@@ -169,7 +169,7 @@ class LlavaOnevision1_5Config(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers'. The caller alone chooses `attention`: a file might name a repository, whose code would run."""
+        """As transformers', but ignores the file's attention implementation, which could name a repository with code."""
         _check("", config_dict, mappings=["text_config", "vision_config", "id2label", "label2id", "quantization_config"])
         ignored = ("model_type", "attn_implementation", "_attn_implementation")
         return super().from_dict({key: value for key, value in config_dict.items() if key not in ignored}, **kwargs)

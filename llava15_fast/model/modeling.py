@@ -1,16 +1,15 @@
-"""LLaVA-OneVision-1.5 on current transformers: the plain eager model that everything else is compared with.
+"""LLaVA-OneVision-1.5 on current transformers: the eager reference model.
 
     pixel_values (N, 3*14*14), grid_thw (n, 3)
         -> LlavaOnevision1_5VisionModel   patch embedding, class rows, 2D-RoPE transformer, 2x2 merger
-        -> features (N/4, text width)     replace the placeholder tokens' embeddings
+        -> features (N/4, text width)     replace the embeddings of placeholder tokens
         -> Qwen3Model                     transformers' own text model
         -> lm_head
 
-Module and parameter names are those of the original implementation. A *segment* is one temporal frame of one image or
-video; attention in the vision tower stays inside a segment, and every segment begins with a class row.
+Module and parameter names are those of the original implementation. A *segment* is one temporal frame of an image or video:
+attention in the vision tower is confined to a segment, and every segment starts with a class row.
 
-The original code drops the class rows at the wrong offset as soon as there is more than one segment; this follows the
-corrected behaviour.
+The original code removes class rows at wrong offsets when there is more than one segment; here this is corrected.
 """
 
 from __future__ import annotations
@@ -47,12 +46,12 @@ PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """From the host to `device` without waiting for it, which a copy from pageable memory would do."""
+    """Host-to-device copy that does not block the host, as a copy from pageable memory would."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def check_device(name: str, tensor: Tensor, module: nn.Module) -> None:
-    """Raises ValueError where `tensor` is not where `module` computes. accelerate's hooks move tensors themselves."""
+    """Raises ValueError if `tensor` is not on the device of `module`. accelerate's hooks move tensors themselves."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} is a {type(tensor).__name__}, expected a tensor")
     device = module.weight.device
@@ -62,13 +61,13 @@ def check_device(name: str, tensor: Tensor, module: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class VisionLayout:
-    """Where each row of the packed vision sequence belongs; computed once per forward, the same for every layer.
+    """Layout of the packed vision sequence; computed once per forward, the same for every layer.
 
     Attributes:
-        lengths: rows of each segment, class row included.
-        cu_seqlens: (segments + 1,) int32, their running sum.
+        lengths: rows per segment, class row included.
+        cu_seqlens: (segments + 1,) int32, their cumulative sum.
         position_ids: (S, 2) int32, (row, column) of a patch in its grid; (-1, -1) for a class row.
-        patch_rows: (N,) indices of the rows that are patches.
+        patch_rows: (N,) indices of the patch rows.
     """
 
     lengths: tuple[int, ...]
@@ -82,10 +81,10 @@ class VisionLayout:
 
     @classmethod
     def from_grids(cls, grids: list[list[int]], merge_size: int, device: torch.device) -> VisionLayout:
-        """`grids` holds (t, h, w) in patches per image or video, already checked."""
+        """`grids` holds (t, h, w) in patches per image or video, already validated."""
         lengths: list[int] = []
         positions: list[Tensor] = []
-        # Made on the host, wherever tensors are made by default.
+        # On the host, whatever the default device is.
         numbers: dict[str, Any] = {"dtype": torch.int32, "device": "cpu"}
         class_row = torch.full((1, 2), -1, **numbers)
         for t, h, w in grids:
@@ -101,7 +100,7 @@ class VisionLayout:
 
 
 class LlavaOnevision1_5VisionPatchEmbed(nn.Module):
-    """(N, 3*14*14) pixels -> (N, hidden). The convolution sees one patch at a time, i.e. it is one matrix product."""
+    """(N, 3*14*14) pixels -> (N, hidden). The kernel of the convolution covers a whole patch."""
 
     def __init__(self, config: LlavaOnevision1_5VisionConfig) -> None:
         super().__init__()
@@ -113,9 +112,9 @@ class LlavaOnevision1_5VisionPatchEmbed(nn.Module):
 
 
 class LlavaOnevision1_5VisionRotaryEmbedding(nn.Module):
-    """(S, 2) positions -> cos and sin tables (S, head_dim) of the 2D rotary embedding, in float32.
+    """(S, 2) positions -> cos and sin tables (S, head_dim) of 2D RoPE, in float32.
 
-    f_i = theta^(-2i / (head_dim/2)), i < head_dim/4, are the inverse frequencies; a class row has learned angles.
+    The inverse frequencies are f_i = theta^(-2i / (head_dim/2)), i < head_dim/4; class rows have learned angles.
     """
 
     def __init__(self, config: LlavaOnevision1_5VisionConfig) -> None:
@@ -125,7 +124,7 @@ class LlavaOnevision1_5VisionRotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", self.compute_inv_freq(), persistent=False)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        """`.half()` and `.bfloat16()` leave the frequencies in float32: rounded, they turn far patches wrongly."""
+        """`.half()` and `.bfloat16()` keep the frequencies in float32: rounded, they would be wrong for distant patches."""
         super()._apply(fn, recurse)
         if self.inv_freq.dtype in (torch.float16, torch.bfloat16):
             self.inv_freq = self.compute_inv_freq().to(self.inv_freq.device)
@@ -139,7 +138,7 @@ class LlavaOnevision1_5VisionRotaryEmbedding(nn.Module):
 
 
 class LlavaOnevision1_5VisionAttention(Qwen2_5_VLVisionAttention):
-    """Multi-head attention inside each segment, with 2D RoPE on queries and keys and one packed qkv projection."""
+    """Multi-head attention within each segment, with 2D RoPE on queries and keys and a packed qkv projection."""
 
     def __init__(self, config: LlavaOnevision1_5VisionConfig) -> None:
         super().__init__(config)
@@ -148,8 +147,8 @@ class LlavaOnevision1_5VisionAttention(Qwen2_5_VLVisionAttention):
     def forward(
         self, hidden_states: Tensor, layout: VisionLayout, cos: Tensor, sin: Tensor, **kwargs: Any
     ) -> tuple[Tensor, Tensor | tuple[Tensor, ...] | None]:
-        """(S, hidden) -> (S, hidden), and the attention weights where the implementation returns them, of several segments a
-        tuple."""
+        """(S, hidden) -> (S, hidden), and the attention weights if the implementation returns them, as a tuple for several
+        segments."""
         query, key, value = self.qkv(hidden_states).view(-1, 3, self.num_heads, self.head_dim).unbind(1)
         query, key = apply_rope_tables(query, key, cos, sin)
 
@@ -192,9 +191,9 @@ class LlavaOnevision1_5PreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """transformers looks up the names of tensors by the name of the class: a subclass of a user's has one of its own."""
+        """transformers looks up tensor name mappings by class name, which a user's subclass changes."""
         super().__init_subclass__(**kwargs)
-        if cls.__module__ != __name__:  # `register` looks after ours, which may have to make way for transformers' own
+        if cls.__module__ != __name__:  # `register` handles ours, which may have to make way for transformers' own classes
             register_tensor_names(cls)
 
     @torch.no_grad()
@@ -208,9 +207,9 @@ class LlavaOnevision1_5PreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', after a look at a local folder's files; from safetensors files only, unless asked otherwise.
+        """As transformers', after a check of the files in a local folder; loads safetensors only, unless told otherwise.
 
-        Code of a checkpoint is never run, `trust_remote_code` or not: all that is needed is here.
+        Code from a checkpoint never runs, with or without `trust_remote_code`: all code needed is in this package.
 
         Raises:
             OSError: a safetensors file of the folder is missing or corrupt; the message names it.
@@ -221,7 +220,7 @@ class LlavaOnevision1_5PreTrainedModel(PreTrainedModel):
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', always with the published tensor names, whatever naming the model was loaded from."""
+        """As transformers', always with the published tensor names, whatever naming the model was loaded with."""
         loaded_names = getattr(self, "_weight_conversions", None)
         if getattr(self, "hf_quantizer", None) is None:
             self._weight_conversions = published_names(self.published_prefix)
@@ -232,7 +231,7 @@ class LlavaOnevision1_5PreTrainedModel(PreTrainedModel):
 
 
 class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
-    """The vision tower: `visual(pixel_values, grid_thw=...).pooler_output` are the merged features."""
+    """The vision tower: `visual(pixel_values, grid_thw=...).pooler_output` holds the merged features."""
 
     config: LlavaOnevision1_5VisionConfig
     config_class = LlavaOnevision1_5VisionConfig
@@ -265,14 +264,14 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
         Args:
             pixel_values: (N, channels * patch * patch) rows of the image processor, in merge-block order.
             grid_thw: (n, 3) integers, (t, h, w) in patches of every image or video; sum of t*h*w is N.
-            layout: in the place of `grid_thw`, what `VisionLayout.from_grids` makes of it; then nothing is read back from
-                the device, and the forward can be compiled or captured as a whole.
+            layout: alternative to `grid_thw`, from `VisionLayout.from_grids`; then nothing is copied to the host, and the
+                whole forward can be compiled or captured.
 
         Returns:
             `last_hidden_state` (N, hidden) before the merger and `pooler_output` (N/4, text width).
 
         Raises:
-            ValueError: the grid does not fit the pixels or the merge size.
+            ValueError: the grid does not match the pixels or the merge size.
         """
         if layout is None:
             grids = self.check_inputs(pixel_values, grid_thw)
@@ -282,7 +281,7 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=merged)
 
     def embed_patches(self, pixel_values: Tensor, layout: VisionLayout) -> Tensor:
-        """(N, pixels) -> (S, hidden): patch embeddings, a class row before each segment, pre_layernorm."""
+        """(N, pixels) -> (S, hidden): patch embedding, a class row before each segment, pre_layernorm."""
         patches = self.patch_embed(pixel_values)
         class_row = self.class_embedding.to(patches.dtype)[None]
         segments = patches.split([length - 1 for length in layout.lengths])
@@ -291,7 +290,7 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
 
     def encode(self, hidden_states: Tensor, layout: VisionLayout, **kwargs: Any) -> Tensor:
         """(S, hidden) -> (S, hidden), through the blocks."""
-        # Not as a tuple: checkpointing a block sees the tensors among its arguments, not inside of them.
+        # Not as a tuple: gradient checkpointing detaches tensor arguments, but not tensors inside containers.
         cos, sin = self.rotary_pos_emb(layout.position_ids, self.class_pos_emb)
         for block in self.blocks:
             hidden_states = block(hidden_states, layout, cos, sin, **kwargs)
@@ -303,7 +302,7 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
         return patches, self.merger(patches)
 
     def check_inputs(self, pixel_values: Tensor, grid_thw: Tensor) -> list[list[int]]:
-        """The grids as Python integers, after checking them against the pixels."""
+        """The grids as Python integers, validated against the pixels."""
         shape = getattr(grid_thw, "shape", ())
         if len(shape) != 2 or shape[-1] != 3 or shape[0] == 0:
             found = f"has shape {tuple(shape)}" if hasattr(grid_thw, "shape") else f"is a {type(grid_thw).__name__}"
@@ -336,7 +335,8 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         self, pixel_values: Tensor, image_grid_thw: Tensor, **kwargs: Any
     ) -> tuple | BaseModelOutputWithPooling:
         """The vision tower's output with `pooler_output` split: one (t*h*w/4, text width) tensor per image."""
-        # Before the tower is launched: behind it the host would wait for it.
+        pixel_values = pixel_values.to(self.visual.class_embedding.dtype)  # replicas have no parameters to ask for `dtype`
+        # Before the tower is launched: a read after it would block the host.
         counts = self.feature_counts("image", pixel_values, image_grid_thw)
         output = self.visual(pixel_values, grid_thw=image_grid_thw, **{**kwargs, "return_dict": True})
         output.pooler_output = output.pooler_output.split(counts)
@@ -347,7 +347,7 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         return self.get_image_features(pixel_values_videos, video_grid_thw, **kwargs)
 
     def placeholder_mask(self, kind: str, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """(B, L) where placeholders of `kind` stand: by their id, or by their embedding where there are no ids."""
+        """(B, L) mask of the placeholders of `kind`: by id, or by embedding if there are no ids."""
         token_id = getattr(self.config, f"{kind}_token_id")
         if input_ids is not None and input_ids.shape[-1]:
             return input_ids == token_id
@@ -355,21 +355,21 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
         return (inputs_embeds == placeholder).all(-1)
 
     def feature_counts(self, kind: str, pixels: Tensor, grid_thw: Tensor | None) -> list[int]:
-        """Per image or video. Raises ValueError where grids and pixels do not match."""
+        """Features per image or video. Raises ValueError if grids and pixels do not match."""
         if grid_thw is None:
             raise ValueError(f"{kind} pixels were passed without {kind}_grid_thw")
         return [math.prod(grid) // self.visual.spatial_merge_size**2 for grid in self.visual.check_inputs(pixels, grid_thw)]
 
     def check_placeholders(self, kind: str, mask: Tensor, features: int) -> None:
-        """Raises ValueError where the number of placeholders is not that of features."""
+        """Raises ValueError if there are not as many placeholders as features."""
         if (count := int(mask.sum())) != features:
             found = f"{count} {kind} placeholder tokens (id {getattr(self.config, f'{kind}_token_id')}) in the prompt"
             unequal = f"the {kind} inputs give {features} features: they must be equal"
             raise ValueError(f"{found}, but {unequal if features else f'no {kind} pixels were passed'}")
 
     def check_pixels(self, input_ids: Tensor, cache: Cache | None, **pixels: Tensor | None) -> None:
-        """Raises ValueError where a prompt has placeholders of a kind ("image", "video") of which there are no pixels. Behind a
-        cache they may be the model's own tokens."""
+        """Raises ValueError if a prompt has placeholders of a kind ("image", "video") without pixels. After the prompt, they
+        may be tokens that the model has sampled."""
         unknown = torch.compiler.is_compiling() or torch.jit.is_tracing() or input_ids.is_meta or is_fake(input_ids)
         if unknown or (cache is not None and cache.get_seq_length()):
             return
@@ -393,15 +393,15 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
             pixel_values_videos: the same for video frames, with `video_grid_thw` (videos, 3).
             mm_token_type_ids: accepted for callers that pass every processor output; not needed.
             cache: `past_key_values` by its newer name (`releases.py`).
-            mm_encoder_outputs: {"image": what `get_image_features` gave, "video": ...}, in the place of pixels.
+            mm_encoder_outputs: {"image": output of `get_image_features`, "video": ...}, in place of pixels.
 
         Raises:
-            ValueError: placeholders and features, or grids and pixels, do not match; or a prompt, which is what nothing is
-                cached before, has placeholders without pixels.
+            ValueError: placeholders and features, or grids and pixels, do not match; or a prompt (with nothing cached before
+                it) has placeholders without pixels.
         """
         cache = past_key_values if cache is None else cache
         encoded = {kind: output for kind, output in (mm_encoder_outputs or {}).items() if output is not None}
-        # On the host before the first tower is launched: behind it a read would wait for it.
+        # On the host before the first tower is launched: a read after it would block the host.
         grids = {"image": image_grid_thw, "video": video_grid_thw}
         grids = {kind: grid.cpu() if isinstance(grid, Tensor) else grid for kind, grid in grids.items()}
         pixels = {"image": pixel_values, "video": pixel_values_videos}
@@ -409,7 +409,7 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             check_device("input_ids", input_ids, self.get_input_embeddings())
-            if cache is None and mm_encoder_outputs is None:  # `generate` has looked
+            if cache is None and mm_encoder_outputs is None:  # `generate` has checked
                 self.check_pixels(input_ids, cache, **{kind: encoded.get(kind, given) for kind, given in pixels.items()})
             inputs_embeds = self.get_input_embeddings()(input_ids)
         masks = {}
@@ -432,7 +432,7 @@ class LlavaOnevision1_5Model(LlavaOnevision1_5PreTrainedModel):
 
 
 class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel, GenerationMixin):
-    """The model with its language head; what `generate` is called on."""
+    """The model with its language modeling head, which has `generate`."""
 
     published_prefix = "model."
     _tp_plan = Qwen3ForCausalLM._tp_plan
@@ -447,9 +447,9 @@ class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, input_ids: Tensor | None = None, **model_kwargs: Any
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Repeats each prompt for beams and several answers. Its images are encoded once, and their features repeated.
+        """Repeats each prompt for beams and multiple return sequences; its images are encoded once and the features repeated.
 
-        Pixels are asked for here, where `generate` still has what it was given: an assistant's forwards come without them.
+        Placeholders without pixels are refused here, since an assistant model's forwards get no pixels.
         """
         encoded = {**(model_kwargs.pop("mm_encoder_outputs", None) or {})}
         given = {kind: encoded.get(kind, model_kwargs.get(name)) for kind, name in PIXELS.items()}
@@ -473,23 +473,23 @@ class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel
         return input_ids, {**model_kwargs, **({"mm_encoder_outputs": encoded} if encoded else {})}
 
     def _maybe_prepare_encoder_kwargs_for_generation(self, inputs: Any, model_kwargs: Any, name: Any, config: Any) -> Any:
-        """Images are encoded before the prompt only if it comes in chunks: its forward has nothing to wait for."""
+        """Encodes images before prefill only if that is chunked: within a forward, reads precede the launches."""
         prepare = super()._maybe_prepare_encoder_kwargs_for_generation
         return model_kwargs if config.prefill_chunk_size is None else prepare(inputs, model_kwargs, name, config)
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """As transformers', whose older releases take a prompt's first chunk for a step, and keep features for all steps."""
+        """As transformers', whose older releases take a prompt's first chunk for a step, and pass features to every step."""
         if not KEEPS_TOWERS and (cache := kwargs.get(CACHE)) is not None and not cache.is_compileable:
             is_first_iteration |= cache.get_seq_length() == 0
         if not kwargs.get("use_cache", True):
-            kwargs.setdefault("mm_encoder_outputs", {})  # placeholders may be tokens that the model has sampled
+            kwargs.setdefault("mm_encoder_outputs", {})  # placeholders may have been sampled
         elif not is_first_iteration:
             kwargs.pop("mm_encoder_outputs", None)
         return super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
 
     def _check_text(self, input_ids: list[int]) -> None:
-        """Continuous batching takes ids alone. Raises ValueError where there are placeholders among them."""
+        """Continuous batching takes token ids only. Raises ValueError if they contain placeholders."""
         self.model.check_pixels(torch.tensor([[*input_ids]], device="cpu"), None, image=None, video=None)
 
     @functools.wraps(GenerationMixin.generate_batch)
@@ -528,8 +528,8 @@ class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel
         """As `LlavaOnevision1_5Model.forward`, plus
 
         Args:
-            labels: (B, L) token ids to predict, -100 where there is nothing to predict; shifted here.
-            logits_to_keep: the number of last positions to compute logits of (0: all), or their indices.
+            labels: (B, L) target token ids, -100 to ignore a position; shifted here.
+            logits_to_keep: number of last positions to compute logits for (0: all), or their indices.
         """
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,

@@ -3,9 +3,9 @@
     "... <|image_pad|> ..."  +  image     ->  input_ids with one placeholder per merged patch, pixel_values, image_grid_thw
     "... <|video_pad|> ..."  +  frames    ->  the same as pixel_values_videos, video_grid_thw (frames, h, w)
 
-Options, placeholders, masks and loading follow the rules of transformers' Qwen2-VL processor, whose class this extends.
-Images go through its Pillow image processor with `temporal_patch_size=1`. Its video processor needs torchvision, so a video
-is taken as its frames: a list of images or an array (frames, height, width, 3).
+Options, placeholders, masks and loading follow transformers' Qwen2-VL processor, which this class extends. Images go through
+its Pillow image processor with `temporal_patch_size=1`. Its video processor needs torchvision, so videos are passed as frames:
+a list of images or an array (frames, height, width, 3).
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ Array = np.ndarray | torch.Tensor
 ImageSource = str | PathLike | Image.Image | Array
 
 FORMATS = ["AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
-"""What is read of what Pillow and its plugins know: others start programs (EPS: Ghostscript)."""
+"""Allowed image formats; some others that Pillow and its plugins read start programs (EPS: Ghostscript)."""
 
 SECONDS, BYTES = 15, 2**28
-"""The most that the image of an address may take."""
+"""Limits on downloading an image from a URL."""
 
 
 def read_image(source: ImageSource, channels: str | None = None, highest: float | None = None) -> Image.Image:
-    """An upright 8-bit RGB image, laid on white, of a path, an address, base64 text, a Pillow image, or an array.
+    """An upright 8-bit RGB image, composited on white, from a path, a URL, base64 text, a Pillow image, or an array.
 
     Args:
         source: arrays are (h, w), (h, w, c) or (c, h, w) with one, three or four channels. Booleans are black and white;
-            floats up to 1 count from 0 to 1, other values from 0 to 255, or to 65535 if one is above 255.
-        channels: "channels_first" or "channels_last", for an array whose shape does not tell.
-        highest: of all frames, where the array is one of a video: a dark frame counts as the bright ones do.
+            floats up to 1 are in the range 0 to 1, other values in 0 to 255, or 0 to 65535 if one is above 255.
+        channels: "channels_first" or "channels_last", for arrays whose shape is ambiguous.
+        highest: the maximum over all frames of a video, so that dark and bright frames are scaled alike.
 
     Raises:
         ValueError: the image cannot be read; the message is one line that names it.
@@ -68,13 +68,13 @@ def read_image(source: ImageSource, channels: str | None = None, highest: float 
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
-            # Pillow's own conversion clips 16-bit values at 255, which turns most such images white.
+            # Pillow's conversion clips 16-bit values at 255, which turns most such images white.
             values, transparent = np.asarray(image), image.info.get("transparency")
             image = Image.fromarray(_to_8_bit(values))
             if transparent is not None:
                 image.putalpha(Image.fromarray(values != transparent).convert("L"))
         if image.has_transparency_data:
-            image = image.convert("LA") if image.mode == "La" else image  # the one mode with no way to RGBA
+            image = image.convert("LA") if image.mode == "La" else image  # the only mode that does not convert to RGBA
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
     except FileNotFoundError:
@@ -100,7 +100,7 @@ def _open(source: str | PathLike) -> Image.Image:
     elif text.startswith("data:image/") or is_base64:
         file = io.BytesIO(base64.b64decode(text.rpartition(",")[2]))
     elif file.exists() and not file.is_file():
-        raise OSError("not a regular file")  # a pipe or a device may keep its reader waiting for ever
+        raise OSError("not a regular file")  # reading from a pipe or a device may block for ever
     Image.init()
     return Image.open(file, formats=[known for known in FORMATS if known in Image.OPEN])
 
@@ -155,7 +155,7 @@ def _to_8_bit(values: np.ndarray, highest: float | None = None) -> np.ndarray:
 
 
 def _pixels(source: ImageSource, options: dict[str, Any], highest: float | None = None) -> np.ndarray:
-    """(c, h, w) for the image processor: 8-bit, but an array whose caller has resized or rescaled it keeps its values."""
+    """(c, h, w) for the image processor: 8-bit, except that arrays resized or rescaled by the caller keep their values."""
     channels = options.get("input_data_format")
     done = options.get("do_resize") is False or options.get("do_rescale") is False
     if done and isinstance(source, Array) and source.ndim == 3:
@@ -192,7 +192,7 @@ def _is_video(item: Any) -> bool:
 
 
 def _groups(items: Any, is_one: Callable[[Any], bool], read: Callable[[Any], Any]) -> list[list[Any]] | None:
-    """What is read, as one list per prompt where a list of lists is given, else as a single list; None if there is nothing."""
+    """The items read: one list per prompt if `items` is a list of lists, otherwise a single list; None if there are none."""
 
     def flat(items: Any) -> list[Any]:
         return [read(items)] if is_one(items) else [one for item in items for one in flat(item)]
@@ -203,12 +203,12 @@ def _groups(items: Any, is_one: Callable[[Any], bool], read: Callable[[Any], Any
 
 
 class LlavaOnevision1_5Processor(Qwen2VLProcessor):
-    """Tokenizer and Pillow image processor in one.
+    """Tokenizer and Pillow image processor.
 
     Called with `text`, one prompt or a list, and `images` and `videos`, one, a list, or a list per prompt: images are paths,
-    addresses, base64, Pillow images or arrays, videos lists of them or arrays of frames. Options are the tokenizer's and the
-    image processor's, flat or in `text_kwargs`, `images_kwargs` and `videos_kwargs`. Prompts are padded on the side that the
-    tokenizer says, which `from_pretrained` sets to the left. ValueError where images cannot be read or do not match the text.
+    URLs, base64 text, Pillow images or arrays; videos are lists of these or arrays of frames. Options are the tokenizer's and
+    the image processor's, flat or in `text_kwargs`, `images_kwargs` and `videos_kwargs`. The padding side is the tokenizer's,
+    which `from_pretrained` sets to left. Raises ValueError if images cannot be read or do not match the text.
 
     Args:
         image_processor: a `Qwen2VLImageProcessorPil` with `temporal_patch_size` 1.
@@ -218,7 +218,7 @@ class LlavaOnevision1_5Processor(Qwen2VLProcessor):
 
     valid_processor_kwargs = ProcessingKwargs
     video_processor = property(lambda self: self.image_processor)  # frames are images
-    return_mm_token_type_ids = False  # given if asked for: the model, of plain 1D positions, does without
+    return_mm_token_type_ids = False  # only on request: the model has 1D positions and does not need them
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
         if image_processor is None or tokenizer is None:
@@ -229,9 +229,9 @@ class LlavaOnevision1_5Processor(Qwen2VLProcessor):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, name_or_path: Any, processor_dict: Any = None, **kwargs: Any) -> list[Any]:
-        """The image processor, with `min_pixels` and `max_pixels` put in, and the tokenizer, where `from_pretrained` has none.
+        """The image processor, with `min_pixels` and `max_pixels` applied, and the tokenizer, unless they are given.
 
-        The classes are fixed, whatever the files name (the published ones name Qwen2.5-VL's), and none of their code runs.
+        The classes are fixed, whatever the files name (the published ones name Qwen2.5-VL's), and no code from files runs.
         """
         image_processor, tokenizer = kwargs.pop("image_processor", None), kwargs.pop("tokenizer", None)
         pixels = {key: kwargs.pop(key) for key in ("min_pixels", "max_pixels") if key in kwargs}
@@ -239,7 +239,7 @@ class LlavaOnevision1_5Processor(Qwen2VLProcessor):
             kwargs.pop(key, None)
         if image_processor is None:
             image_processor = Qwen2VLImageProcessorPil.from_pretrained(name_or_path, **kwargs)
-            # The published files may leave this to the class, whose default is Qwen2-VL's 2.
+            # The published files may omit this, and the class defaults to Qwen2-VL's 2.
             image_processor.temporal_patch_size = 1
             image_processor.size = _pixel_limits(image_processor.size, **pixels)
         elif pixels:
@@ -249,19 +249,19 @@ class LlavaOnevision1_5Processor(Qwen2VLProcessor):
                 tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, **kwargs)
             except Exception as error:  # the tokenizers library raises bare ones, without a file's name
                 raise ValueError(f"cannot load the tokenizer of {name_or_path}: {error}") from error
-            # What `generate` needs; a user's choice, here or later on the tokenizer, counts.
+            # As `generate` needs it; the user's choice, here or later on the tokenizer, takes precedence.
             tokenizer.padding_side = kwargs.get("padding_side", "left")
         return [image_processor, tokenizer]
 
     @staticmethod
     def get_possibly_dynamic_module(module_name: str) -> Any:
-        """A file may name any class of transformers as its audio tokenizer, to load anything with: there is none here."""
+        """Refuses audio tokenizers: files may name any class of transformers as one, which could load anything."""
         if module_name not in ("ImageProcessingMixin", "PreTrainedTokenizerBase", "MistralCommonBackend"):
             raise ValueError(f"the processor's files name the audio tokenizer {module_name}: this model takes no audio")
         return Qwen2VLProcessor.get_possibly_dynamic_module(module_name)
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> tuple:
-        """Prompts as a list, images as lists of arrays (c, h, w), videos as lists of lists of them."""
+        """Prompts as a list, images as lists of arrays (c, h, w), videos as lists of lists of arrays."""
         common = {**kwargs.get("common_kwargs", {}), **kwargs}
         image_options, video_options = ({**common, **kwargs.get(name, {})} for name in ("images_kwargs", "videos_kwargs"))
         images = _groups(images, _is_image, lambda image: _pixels(image, image_options))
@@ -269,7 +269,7 @@ class LlavaOnevision1_5Processor(Qwen2VLProcessor):
         return images, None if text is None else _prompts(text), videos, kwargs.get("audio")
 
     def validate_inputs(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> None:
-        """Raises ValueError where images or videos and placeholders do not match in number, in all or prompt by prompt."""
+        """Raises ValueError if the numbers of images or videos and of placeholders differ, in total or per prompt."""
         if kwargs.get("audio") is not None:
             raise ValueError("this model takes no audio")
         if images is None and text is None and videos is None:
@@ -287,7 +287,7 @@ class LlavaOnevision1_5Processor(Qwen2VLProcessor):
             raise ValueError("sanitize_control_tokens needs a newer transformers")
 
     def _merge_kwargs(self, *args: Any, **kwargs: Any) -> dict[str, dict]:
-        """As transformers', with the limits on pixels inside `size`; ValueError for what the model was not trained with."""
+        """As transformers', with pixel limits merged into `size`; ValueError for settings the model was not trained with."""
         try:
             merged = super()._merge_kwargs(*args, **kwargs)
         except StrictDataclassError as error:
@@ -318,7 +318,7 @@ class LlavaOnevision1_5Processor(Qwen2VLProcessor):
         return data, [self.replace_video_token(data, index) for index in range(len(grids))]
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, video_sizes: Any = None, **kwargs: Any) -> MultiModalData:
-        """Placeholders of images of the sizes (height, width) and videos (frames, height, width), under a call's options."""
+        """Numbers of placeholders for images (height, width) and videos (frames, height, width), under the call's options."""
         merged, merge = self._merge_kwargs(self.valid_processor_kwargs, **kwargs), self.image_processor.merge_size**2
 
         def patches(kind: str, height: int, width: int) -> int:
@@ -342,7 +342,7 @@ class LlavaOnevision1_5Processor(Qwen2VLProcessor):
 
 
 def _pixel_limits(size: Any, min_pixels: float | None = None, max_pixels: float | None = None) -> dict[str, int]:
-    """The image processor's `size` with a call's limits put in; one that passes the configured other one takes it along."""
+    """The image processor's `size` with a call's limits; a limit beyond the other, configured one moves that along."""
     try:
         low = size["shortest_edge"] if min_pixels is None else min_pixels
         high = size["longest_edge"] if max_pixels is None else max_pixels
@@ -354,7 +354,7 @@ def _pixel_limits(size: Any, min_pixels: float | None = None, max_pixels: float 
     if not 0 < low <= high:
         raise ValueError(f"min_pixels {low} and max_pixels {high}: expected 0 < min <= max")
     if Image.MAX_IMAGE_PIXELS is not None and low > 2 * Image.MAX_IMAGE_PIXELS:
-        # What Pillow takes for an attack in a file, every picture would be enlarged to.
+        # Every image would be enlarged to a size that Pillow considers a decompression bomb.
         raise ValueError(f"min_pixels {low} is more than Pillow's limit of {2 * Image.MAX_IMAGE_PIXELS}")
     return {"shortest_edge": low, "longest_edge": high}
 

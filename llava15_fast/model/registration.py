@@ -1,7 +1,7 @@
-"""Makes transformers know the model: Auto classes, tensor names of the two checkpoint formats, names to import.
+"""Registers the model with transformers: Auto classes, tensor names of the two checkpoint formats, importable names.
 
-Done once, when `llava15_fast` is imported. Another model is loaded as before; `AutoProcessor.from_pretrained` looks at its
-`model_type` first.
+Runs once, when `llava15_fast` is imported. Other models load as before; `AutoProcessor.from_pretrained` checks the `model_type`
+first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 CONFIGS = LlavaOnevision1_5Config, configuration.LlavaOnevision1_5VisionConfig, configuration.LlavaOnevision1_5TextConfig
 HEAD, MODEL = modeling.LlavaOnevision1_5ForConditionalGeneration, modeling.LlavaOnevision1_5Model
 EXPORTED = (*CONFIGS, MODEL, modeling.LlavaOnevision1_5VisionModel, HEAD, LlavaOnevision1_5Processor)
-"""The names of the reference page, for `from transformers import LlavaOnevision1_5ForConditionalGeneration`."""
+"""Exported for `from transformers import LlavaOnevision1_5ForConditionalGeneration`, as the model's reference page has it."""
 
 
 def _is_this_model(name_or_path: Any, kwargs: dict[str, Any]) -> bool:
@@ -33,15 +33,15 @@ def _is_this_model(name_or_path: Any, kwargs: dict[str, Any]) -> bool:
     try:
         config, _ = transformers.PreTrainedConfig.get_config_dict(name_or_path, **{k: kwargs[k] for k in keys if k in kwargs})
     except (OSError, ValueError):
-        return False  # no configuration to go by; transformers says what is wrong
+        return False  # no readable configuration: transformers reports why
     model_type = config.get("model_type")
     return model_type in CONFIG_MAPPING and issubclass(CONFIG_MAPPING[model_type], LlavaOnevision1_5Config)
 
 
 def _install_processor_lookup() -> None:
-    """`AutoProcessor.from_pretrained` on a folder of this model gives our processor, whatever class its files name.
+    """Makes `AutoProcessor.from_pretrained` return our processor for this model, whatever class its files name.
 
-    The published files name `Qwen2_5_VLProcessor`, which AutoProcessor takes before it looks at the model's type.
+    The published files name `Qwen2_5_VLProcessor`, which takes precedence over the model type in AutoProcessor.
     """
     original = transformers.AutoProcessor.from_pretrained
 
@@ -71,9 +71,9 @@ def register() -> None:
             setattr(sys.modules["transformers"], exported.__name__, exported)
         else:
             logger.warning("transformers brings its own %s; it is left in place", exported.__name__)
-            # transformers looks up the names of tensors by the class's name: theirs and ours must not share it.
+            # transformers looks up tensor name mappings by class name, which theirs and ours must not share.
             exported.__name__ = configuration.OWN_NAME + exported.__name__
     for model_class in (HEAD, MODEL):
         register_tensor_names(model_class)
-    # `transformers serve` and others ask by name what kind of model it is.
+    # `transformers serve` and others look up the modality by class name.
     modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[LlavaOnevision1_5Config.model_type] = HEAD.__name__

@@ -1,4 +1,4 @@
-"""Where the supported releases of transformers differ."""
+"""Differences between the supported releases of transformers."""
 
 import inspect
 from typing import Any
@@ -7,13 +7,13 @@ from transformers import ProcessorMixin, Qwen3Model, modeling_outputs
 from transformers.cache_utils import Cache
 
 CACHE = "cache" if "cache" in inspect.signature(Qwen3Model.forward).parameters else "past_key_values"
-"""The name of the key/value cache among arguments and outputs: `cache` from transformers 5.24 on.
+"""The name of the KV cache in arguments and outputs: `cache` from transformers 5.24 on.
 
-Our own forwards take it under either name, with every release."""
+Our own forwards accept both names in every release."""
 
 
 def as_argument(cache: Any) -> dict[str, Any]:
-    """`cache` for transformers' forwards; continuous batching's, which is no `Cache`, always goes by the newer name."""
+    """`cache` as an argument of transformers' forwards; the paged cache of continuous batching always has the newer name."""
     return {CACHE if cache is None or isinstance(cache, Cache) else "cache": cache}
 
 
@@ -22,7 +22,7 @@ SANITIZES = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_
 """Whether `apply_chat_template` counts placeholders in its mask of the assistant's tokens, and keeps control tokens out."""
 
 KEEPS_TOWERS = hasattr(modeling_outputs, "MultimodalCausalLMOutputWithPast")
-"""Whether outputs have fields for those of the vision tower."""
+"""Whether model outputs have fields for the vision tower's outputs."""
 _KIND = "Multimodal" if KEEPS_TOWERS else ""
 ModelOutputWithPast = getattr(modeling_outputs, f"{_KIND}BaseModelOutputWithPast")
 HeadOutputWithPast = getattr(modeling_outputs, f"{_KIND}CausalLMOutputWithPast")

@@ -1,8 +1,8 @@
-"""`patch`, `unpatch`, `patched`: the kernels go into the forward passes of one model instance, and out again.
+"""`patch`, `unpatch`, `patched`: put the kernels into the forward passes of one model instance, and remove them.
 
-A patched module has another class: a subclass of its own at module level (`guards.stands_for`), in which the original is
-`super()`. So weights, other models and classes stay as they are; a copy, a pickle or a replica computes with its own weights; a
-`forward` that lies on an instance wins; and changing the class back is the undo.
+Patching changes the class of a module to a subclass defined at module level (`guards.stands_for`), in which the original is
+`super()`. Weights, other models and classes are not touched; copies, pickles and replicas compute with their own weights; a
+`forward` set on an instance takes precedence; and changing the class back undoes the patch.
 """
 
 from __future__ import annotations
@@ -25,20 +25,19 @@ from .targets import check_model, find_model, patched_modules
 
 
 def patch(model: nn.Module, backend: Backend = "auto", *, cuda_graph: bool = True) -> PatchHandle:
-    """Makes this instance run the kernels in the methods of `TARGETS`.
+    """Makes this model instance run the kernels in the methods of `TARGETS`.
 
     Args:
         model: a `LlavaOnevision1_5ForConditionalGeneration` or `LlavaOnevision1_5Model`, or a module that holds one.
         backend: "triton" for the kernels, "torch" for their eager counterparts, "auto" for the kernels wherever they can
-            run. A call that needs a gradient runs the original forward.
-        cuda_graph: on a GPU, replay the decode step, and the vision tower on small images of sizes that come again, as CUDA
-            graphs.
+            run. Calls that need gradients fall back to transformers' forward.
+        cuda_graph: on a GPU, replay the decode step, and the vision tower on small images of recurring sizes, as CUDA graphs.
 
     Returns:
-        A handle with `report()`. Patching a patched model again changes nothing, or changes the backend.
+        A handle with `report()`. Patching a patched model again has no effect unless options differ.
 
     Raises:
-        TypeError: `model` holds no model that is known here.
+        TypeError: `model` contains no supported model.
         PatchError: a target is missing or has another class, signature, dtype or head_dim than expected.
         RuntimeError: the backend cannot run on the model's device.
     """
@@ -46,7 +45,7 @@ def patch(model: nn.Module, backend: Backend = "auto", *, cuda_graph: bool = Tru
     check_model(root, backend)
     modules = patched_modules(root)
     present = [runtime_of(module) if isinstance(module, FastModule) else None for module, _ in modules]
-    # Not so after an `unpatch` that was interrupted.
+    # Incomplete after an interrupted `unpatch`.
     complete = present[0] is not None and all(runtime is present[0] for runtime in present)
     if complete and (present[0].backend, present[0].cuda_graph) == (backend, cuda_graph):
         return PatchHandle(model)
@@ -62,25 +61,25 @@ def patch(model: nn.Module, backend: Backend = "auto", *, cuda_graph: bool = Tru
 
 
 def unpatch(model: nn.Module) -> None:
-    """Puts the original classes back. A model that is not patched stays as it is.
+    """Restores the original classes. Has no effect on a model that is not patched.
 
     Raises:
-        TypeError: `model` holds no model that is known here.
+        TypeError: `model` contains no supported model.
     """
     find_model(model)
     for module in model.modules():
         if isinstance(module, FastModule):
             _change_class(module, unpatched_class(type(module)))
-        # Last: a patched class finds what it needs until it is gone, and who was interrupted can call this again.
+        # Last, so that a patched class has its runtime until the end, and an interrupted call can be repeated.
         if (runtime := vars(module).pop(RUNTIME, None)) is not None:
             runtime.release()
 
 
 @contextlib.contextmanager
 def patched(model: nn.Module, backend: Backend = "auto", *, cuda_graph: bool = True) -> Iterator[PatchHandle]:
-    """`patch` for the length of a `with` block; undone also when the body raises.
+    """`patch` for the duration of a `with` block; undone even if the body raises.
 
-    A model that was patched before stays patched, with its backend.
+    A model that was patched before remains so, with its previous backend.
     """
     before = next((found for module, _ in patched_modules(find_model(model)) if (found := runtime_of(module))), None)
     handle = patch(model, backend, cuda_graph=cuda_graph)
@@ -100,8 +99,8 @@ def _install(module: nn.Module, fast: type[nn.Module], runtime: Runtime) -> None
 
 
 def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """accelerate's hooks keep the forward that they wrap on the instance, bound to the class of their time, and leave it there
-    when they go: it has to be that of the class now."""
+    """Changes the class and rebinds forwards that accelerate's hooks have left on the instance, which are bound to the class at
+    the time."""
     before = vars(type(module)).get("forward") or type(module).forward
     bound = [
         slot
@@ -115,14 +114,14 @@ def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 @functools.cache
 def patched_class(cls: type[nn.Module], fast: type[nn.Module]) -> type[nn.Module]:
-    """`fast` in front of `cls`: itself, or for a subclass of a user's, or one that FSDP2 or a parametrization has made, a class
-    that is made here, and pickled by what it consists of."""
+    """The patched version of `cls`: `fast` itself or, for subclasses made by users, FSDP2 or parametrizations, a dynamic class
+    derived from both, pickled by its bases."""
     if FAST.get(cls) is fast:
         return fast
     body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": _reduce, ORIGINAL: cls}
     base, *others = cls.__bases__
     if not others and cls.__name__ == f"Parametrized{base.__name__}":
-        # torch takes its properties from the module's class, and after the last one goes back to the first base.
+        # torch removes its properties from the module's class and, after the last one, restores the first base.
         own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
         return type(cls)(cls.__name__, (patched_class(base, fast),), {**own, ORIGINAL: cls})
     return type(cls)(cls.__name__, (fast, cls), body)
@@ -132,7 +131,7 @@ ORIGINAL = "_llava15_original"
 
 
 def _properties(cls: type) -> dict[str, property]:
-    """A parametrization is a property of a module's class, which comes and goes."""
+    """Parametrizations are properties of the module's class that come and go."""
     return {name: value for name, value in vars(cls).items() if isinstance(value, property)}
 
 
@@ -147,7 +146,7 @@ def _new(cls: type[nn.Module], fast: type[nn.Module]) -> nn.Module:
 
 
 def unpatched_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class that `patch` found, also where somebody, FSDP2 or a parametrization, has made a subclass of ours since."""
+    """The class before `patch`, even if FSDP2 or a parametrization has derived from ours since."""
     if not issubclass(cls, FastModule):
         return cls
     if (found := vars(cls).get(ORIGINAL)) is not None:

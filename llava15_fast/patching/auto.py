@@ -1,7 +1,7 @@
-"""`enable`, `disable`: models of this class patch themselves when `from_pretrained` has loaded them.
+"""`enable`, `disable`: patch models of this class automatically when `from_pretrained` loads them.
 
-For programs that load the model themselves and cannot be changed: `python -m llava15_fast.run -m lmms_eval ...`. The one
-thing that is replaced is `from_pretrained` of `LlavaOnevision1_5ForConditionalGeneration`, which the Auto classes call too.
+For programs that load the model themselves and cannot be changed: `python -m llava15_fast.run -m lmms_eval ...`. All that is
+replaced is `from_pretrained` of `LlavaOnevision1_5ForConditionalGeneration`, which the Auto classes call too.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ BACKENDS = get_args(Backend)
 
 
 def enable(backend: Backend = "auto", *, cuda_graph: bool = True) -> None:
-    """From now on every `LlavaOnevision1_5ForConditionalGeneration` is patched as it is loaded, through Auto classes too.
+    """From now on every `LlavaOnevision1_5ForConditionalGeneration` is patched when it is loaded, also through Auto classes.
 
-    A model that `patch` refuses is loaded as ever, and the reason is logged. `attn_implementation="flash_attention_2"`
-    becomes "sdpa" where the flash-attn package is missing: the kernels do that work, and eager's is only a fallback.
-    Enabling again changes the options. Models that are loaded already stay as they are.
+    If `patch` refuses a model, it is loaded unpatched and the reason is logged. `attn_implementation="flash_attention_2"`
+    becomes "sdpa" if flash-attn is not installed, since it is only used in fallbacks. Calling `enable` again changes the
+    options. Models that are already loaded are not affected.
 
     Args:
         backend, cuda_graph: as of `patch`.
 
     Raises:
-        ValueError: an unknown backend.
+        ValueError: unknown backend.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {BACKENDS}")
     disable()
-    # PreTrainedModel's, called with whatever subclass is asked for.
+    # Of PreTrainedModel; called with the requested subclass.
     original = LlavaOnevision1_5ForConditionalGeneration.from_pretrained.__func__
 
     @functools.wraps(original)
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
-        # The Auto classes have put it into the configuration that they pass.
+        # Auto classes pass it in the configuration.
         attention = kwargs.get("attn_implementation") or getattr(kwargs.get("config"), "_attn_implementation", None)
         if attention == "flash_attention_2" and not is_flash_attn_2_available():
             logger.warning("flash-attn is not installed: attn_implementation is 'sdpa' where the kernels do not run")
@@ -63,6 +63,6 @@ def enable(backend: Backend = "auto", *, cuda_graph: bool = True) -> None:
 
 
 def disable() -> None:
-    """Undoes `enable`: models are loaded as they are. Those that were patched stay so; `unpatch` is for them."""
+    """Undoes `enable` for models loaded from now on. Patched models stay patched; use `unpatch` for them."""
     if "from_pretrained" in vars(LlavaOnevision1_5ForConditionalGeneration):
         del LlavaOnevision1_5ForConditionalGeneration.from_pretrained

@@ -16,8 +16,8 @@ from .targets import HEAD, TARGETS, find_model, inner_of
 
 
 def as_text(renderable: Any) -> str:
-    """As wide as the terminal, in the characters that standard output can show, without colours."""
-    # A narrower terminal breaks lines itself; numbers that a table has cut are lost.
+    """Rendered at the terminal's width, without colours."""
+    # A narrower terminal wraps lines, but numbers cut off by a table would be lost.
     width = max(shutil.get_terminal_size((140, 24)).columns, 100)
     console = Console(width=width, force_terminal=False, force_jupyter=False, color_system=None, highlight=False)
     with console.capture() as capture:
@@ -27,7 +27,7 @@ def as_text(renderable: Any) -> str:
 
 @dataclass(frozen=True)
 class ReportRow:
-    """One target: its calls per backend, and its calls of the original per reason."""
+    """One target: calls per backend, and fallbacks per reason."""
 
     path: str
     kernels: tuple[str, ...]
@@ -38,7 +38,7 @@ class ReportRow:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """Which kernel ran for which module, and why the original ran instead. `print` shows it as a table."""
+    """Which kernels ran for which module, and the reasons for fallbacks. `print` shows a table."""
 
     rows: tuple[ReportRow, ...]
 
@@ -61,9 +61,9 @@ class PatchHandle:
         self.model = model
 
     def report(self) -> Report:
-        """Calls since the model was patched; empty after `unpatch`."""
+        """Calls since `patch`; empty after `unpatch`."""
         root, rows = find_model(self.model), []
-        # PEFT trains a copy of a module beside it, which has a runtime of its own.
+        # PEFT's trainable copy of a module has its own runtime.
         runtimes = list(dict.fromkeys(runtime for module in root.modules() if (runtime := runtime_of(module)) is not None))
         for target in TARGETS if runtimes else ():
             if target.kernels and (target.path != HEAD or root is not inner_of(root)):

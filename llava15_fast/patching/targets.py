@@ -1,4 +1,4 @@
-"""What `patch` replaces, and what has to be as it expects: `TARGETS`, and the checks of a model against it."""
+"""What `patch` replaces and which modules it relies on: `TARGETS`, and the validation of a model against it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ..model.releases import CACHE
 
 
 class PatchError(RuntimeError):
-    """The model is not what `patch` expects; nothing was changed."""
+    """The model is not as `patch` expects; nothing was changed."""
 
 
 HEAD = ""
-"""The path of the model with the language head; all others are below `LlavaOnevision1_5Model`."""
+"""Path of the model with the language modeling head; all other paths are relative to `LlavaOnevision1_5Model`."""
 
 TEXT = f"input_ids attention_mask position_ids {CACHE} inputs_embeds use_cache kwargs"
 GENERATE = """inputs generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn synced_gpus assistant_model
@@ -41,14 +41,14 @@ TARGETS: tuple[Part, ...] = (
         "rms_norm + residual", "qk_norm_rope", "flash_attn_varlen_func", "flash_attn_with_kvcache", "silu_and_mul",
     )),
     Part(HEAD, LlavaOnevision1_5ForConditionalGeneration, GENERATE, method="generate", kernels=("decoding loop",)),
-    # Their work is done inside the replaced methods above.
+    # Bypassed by the methods above.
     *(part._replace(path=f"visual.{part.path}") for part in (*guards.EMBED_PARTS, *guards.ENCODE_PARTS, *guards.MERGE_PARTS)),
     *(part._replace(path=f"language_model.{part.path}") for part in guards.TEXT_PARTS),
 )  # fmt: skip
 
 
 def find_model(model: Any) -> LlavaOnevision1_5ForConditionalGeneration | LlavaOnevision1_5Model:
-    """The model with the language head in `model`, or the model without where there is no head."""
+    """The model with the language modeling head in `model`, or the one without if there is no head."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     found = [module for module in modules if isinstance(module, LlavaOnevision1_5Model)]
     for module in modules:
@@ -71,7 +71,7 @@ def inner_of(root: nn.Module) -> LlavaOnevision1_5Model:
 
 
 def patched_modules(root: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
-    """The modules whose class `patch` changes, each with its class as declared."""
+    """The modules whose class `patch` changes, each with the base class in `FAST`."""
     inner = inner_of(root)
     modules = dict.fromkeys([root, inner, getattr(inner, "visual", None), getattr(inner, "language_model", None)])
     return [(module, base) for module in modules for base in FAST if isinstance(module, base)]
@@ -89,7 +89,7 @@ def check_model(root: nn.Module, backend: str) -> None:
         if head_dim > MAX_HEAD_DIM:
             raise PatchError(f"{name} head_dim {head_dim} is not supported, expected at most {MAX_HEAD_DIM}")
     weights = [norm.weight for norm in (inner.language_model.norm, inner.visual.pre_layernorm)]
-    for weight in (weight for weight in weights if weight is not None):  # without, the guards find the original
+    for weight in (weight for weight in weights if weight is not None):  # without a weight, the guards fall back
         if weight.dtype not in FLOAT_DTYPES:
             raise PatchError(f"dtype {weight.dtype} is not supported, expected float16, bfloat16 or float32")
         if weight.device.type != "meta":
@@ -101,7 +101,7 @@ def check_model(root: nn.Module, backend: str) -> None:
         except LookupError as error:
             raise PatchError(f"{error}: the model's structure has changed") from None
         for path, module in found:
-            # An adapter around a part makes the replacement that reads it fall back.
+            # An adapter around a part is no error: the method that reads it falls back.
             _check_module(target, path, module if target.kernels else guards.inside(module))
     if not len(inner.language_model.layers):
         raise PatchError(f"{type(root).__name__} has no layers to patch")
@@ -120,7 +120,7 @@ def _check_module(target: Part, path: str, module: nn.Module) -> None:
     expected = own if isinstance(module, own) else target.module_class
     if reason := guards.difference(path, module, expected, target.method):
         raise PatchError(reason)
-    # accelerate keeps a forward that its hook wraps under another name.
+    # accelerate keeps the forward that its hook wraps under another name.
     slot = "_old_forward" if target.method == "forward" and hasattr(module, "_hf_hook") else target.method
     if guards.is_replaced(module, slot, target.method):
         by = getattr(vars(module)[slot], "__qualname__", type(vars(module)[slot]).__name__)

@@ -1,7 +1,7 @@
 """The command line: `llava15-fast demo`, `generate`, `verify`, `warmup` and `env`.
 
-An answer goes to stdout, everything about it to stderr. A mistake is one line on stderr and exit status 2;
-LLAVA15_DEBUG=1 shows where it happened. The docstring of a command's function is its description in `--help`.
+Answers go to stdout, everything else to stderr. Errors are one line on stderr and exit status 2; LLAVA15_DEBUG=1 shows the
+traceback. The docstring of a command's function is its description in `--help`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class Answer(NamedTuple):
-    """What `generate` gave: the new token ids of the one prompt, their text, and the seconds it took."""
+    """New token ids of one prompt, their text, and the end-to-end latency in seconds."""
 
     ids: list[int]
     text: str
@@ -74,7 +74,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         added.set_defaults(run=run)
         return added.add_argument
 
-    add = command(_demo, "ask the small trained checkpoint about the sample images, without and with the kernels")
+    add = command(_demo, "describe the sample images with the small trained checkpoint, unpatched and patched")
     add("--backend", **BACKEND)
     add("--images", type=_positive, metavar="N", help="only the first N sample images")
 
@@ -82,16 +82,16 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", **MODEL)
     add("--image", **IMAGE, help="an image file; may be repeated")
     add("--prompt", required=True, metavar="TEXT", help="what to ask")
-    add("--no-patch", action="store_true", help="leave the model as transformers runs it")
-    add("--compare", action="store_true", help="ask without and with the kernels, and compare the token ids")
-    add("--max-new-tokens", type=_positive, default=256, metavar="N", help="the longest answer (default %(default)s)")
+    add("--no-patch", action="store_true", help="do not patch the model")
+    add("--compare", action="store_true", help="run unpatched and patched, and compare the token ids")
+    add("--max-new-tokens", type=_positive, default=256, metavar="N", help="maximum number of new tokens (default %(default)s)")
     add("--backend", **BACKEND)
 
-    add = command(_verify, "compare the patched model with eager and with higher precision, on your weights and image")
+    add = command(_verify, "compare the patched model with eager and a higher-precision reference, on your weights and image")
     add("--model", **MODEL)
     add("--image", **IMAGE, help="an image file; by default a sample image")
     add("--prompt", default=PROMPT, metavar="TEXT", help="what to ask (default %(default)r)")
-    add("--max-new-tokens", type=_positive, default=32, metavar="N", help="the longest answer (default %(default)s)")
+    add("--max-new-tokens", type=_positive, default=32, metavar="N", help="maximum number of new tokens (default %(default)s)")
     add("--backend", **BACKEND)
 
     add = command(_env, "versions, device, backend and kernel cache, for a bug report")
@@ -172,8 +172,8 @@ def assets_folder() -> Path:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    """Loads a checkpoint, patches it and answers a prompt about the images, all of them in one prompt. The answer goes to
-    stdout; the time and the table of what ran go to stderr."""
+    """Loads and patches a checkpoint and answers one prompt about all of the images. The answer goes to stdout, the latency and
+    the report of what ran to stderr."""
     if arguments.no_patch and arguments.compare:
         raise ValueError("--compare and --no-patch exclude each other")
     for image in arguments.image:
@@ -194,8 +194,8 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    """Answers a prompt unpatched and patched and compares both with a run in higher precision: errors of every block and of
-    the logits, the first token that differs, and a verdict. The exit status is 1 if that is bad."""
+    """Answers a prompt unpatched and patched and compares both with a higher-precision reference: errors of every block and of
+    the logits, the first token that differs, and a verdict. The exit status is 1 if verification fails."""
     images = arguments.image or sorted((assets_folder() / "samples").glob("*.png"))[:1]
     for image in images:
         read_image(image)  # before a large checkpoint is loaded
@@ -207,16 +207,15 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _env(arguments: argparse.Namespace) -> int:
-    """Shows versions and whether they are inside the declared ranges, the GPU, what would run, and where compiled kernels are
-    kept."""
+    """Shows versions and whether they are supported, the GPU, the default backend, and the cache of compiled kernels."""
     found = environment()
     print(json.dumps(found, indent=1) if arguments.json else as_text(table(found)))
     return 0
 
 
 def _warmup(arguments: argparse.Namespace) -> int:
-    """Loads a checkpoint, patches it and runs small requests of every kind, so that Triton's cache on disk holds what a later
-    process would have to wait for."""
+    """Loads and patches a checkpoint and runs small requests of every kind, which fills Triton's cache of compiled kernels on
+    disk."""
     model, _ = load(arguments.model)
     handle = patch(model, arguments.backend)
     taken = warmup(model, lambda request, seconds: print(f"{seconds:7.2f} s  {request}", flush=True))
@@ -226,8 +225,8 @@ def _warmup(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    """Asks the small trained checkpoint that ships with the project about the sample images, patches it, asks again and
-    compares. The exit status is 1 if any token id differs."""
+    """Describes the sample images with the small trained checkpoint that ships with the project, unpatched and patched. The
+    exit status is 1 if any token id differs."""
     assets = assets_folder()
     model, processor = load(assets / "scenes_checkpoint")
     images = sorted((assets / "samples").glob("*.png"))[: arguments.images]

@@ -1,4 +1,4 @@
-"""What an installation consists of and what would run on it: `llava15-fast env`, for bug reports and for a first look."""
+"""`llava15-fast env`: versions, device, backend and kernel cache, for bug reports."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ..versions import DECLARED, installed, is_inside
 
 OPTIONAL = ("peft", "torchao", "kernels")
 PACKAGES = ("python", "torch", "triton", "transformers", "accelerate", "numpy", "safetensors", "pillow", *OPTIONAL)
-"""Packages whose versions matter, the last ones where they are installed."""
+"""Packages whose versions are reported, optional ones only if installed."""
 
 
 def environment() -> dict[str, Any]:
-    """Everything that `llava15-fast env` shows, as JSON can hold it. Touches no GPU's memory."""
+    """Everything that `llava15-fast env` shows, JSON-serializable. Allocates no GPU memory."""
     device, folder = torch.device("cuda" if torch.cuda.is_available() else "cpu"), triton.knobs.cache.dir
     return {
         **{own.__name__: f"{own.__version__}, {Path(own.__file__).parent}" for own in (llava15_fast, llava15_kernels)},
@@ -42,7 +42,7 @@ def environment() -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> Table:
-    """`environment()` for people."""
+    """`environment()` as a table."""
     lines = {name: found[name] for name in ("llava15_fast", "llava15_kernels", "system")}
     for name, version, declared, inside in map(dict.values, found["versions"]):
         if version or name not in OPTIONAL:
@@ -58,7 +58,7 @@ def table(found: dict[str, Any]) -> Table:
     lines["kernel cache"] = found["kernel_cache"]["folder"] + ("" if found["kernel_cache"]["writable"] else "  NOT WRITABLE")
     rows = Table(Column(), Column(overflow="fold"), title="llava15-fast env", show_header=False)
     for name, line in {**lines, **found["variables"]}.items():
-        rows.add_row(Text(name), Text(line))  # paths may hold what rich takes for markup
+        rows.add_row(Text(name), Text(line))  # not str: paths may contain rich markup
     return rows
 
 
@@ -75,6 +75,6 @@ def _device(index: int) -> dict[str, Any]:
 
 
 def _is_writable(folder: Path) -> bool:
-    """Triton makes its folder of kernels when it needs it; with TRITON_CACHE_DIR set to nothing it refuses to compile."""
+    """Triton creates its cache folder on demand; with an empty TRITON_CACHE_DIR it refuses to compile."""
     present = next(path for path in (folder, *folder.parents) if path.exists())
     return present.is_dir() and os.access(present, os.W_OK | os.X_OK)

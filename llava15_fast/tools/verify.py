@@ -1,17 +1,16 @@
-"""`verify`: the patched model against eager and against higher precision, on a user's own weights and inputs, as numbers.
+"""`verify`: compares the patched model with eager and a higher-precision reference, on the user's weights and inputs.
 
-    every vision block, every text layer    on the input that it has in eager, so that one wrong block shows as one wrong row
-    image features, logits of every step    through the whole model, the answer's tokens forced to be eager's
-    the answer of `generate`                the first token that differs, and how sure eager was of its own there
+    every vision block and text layer       given its input in eager, so that one wrong block shows as one wrong row
+    image features, logits of every step    through the whole model, teacher-forced with eager's tokens
+    the answer of `generate`                the first token that differs, and eager's margin there
 
-The rule for a part is that of the kernels' tests (`llava15_kernels.testing`), for its largest error and for its relative one.
+Each part is held to the error rule of the kernels' tests (`llava15_kernels.testing`), in its maximum and its relative error.
 
-Token ids have to be eager's in float32. In 16 bit, where two attention implementations of transformers disagree as well,
-another token is allowed only where eager's two best logits are closer than twice eager's own distance from the reference.
+In float32, token ids must equal eager's. In 16 bit, where transformers' attention implementations disagree with each other as
+well, a token may differ only if the margin between eager's top two logits is below twice eager's distance from the reference.
 
-The reference is float32, for a float32 model float64. It takes no second model: one block at a time is brought to that
-precision, so that beside the model there is one block, or the language head, in twice the bytes, and three times the logits of
-the new tokens.
+The reference is float32, or float64 for a float32 model. It needs no second model: one block at a time is cast, so that the
+extra memory is one block, or the language modeling head, in twice the bytes, and three times the logits of the new tokens.
 """
 
 from __future__ import annotations
@@ -46,10 +45,10 @@ ORIGINAL = "the original ran"
 
 @dataclass(frozen=True)
 class Difference:
-    """A token that is not eager's, -1 where the answer had ended: number `step` of the answer to number `prompt`.
+    """A token that differs from eager's, at `step` of the answer to `prompt`; -1 stands for the end of the answer.
 
-    `margin` is that of eager's two best logits there, `distance` that of its logits from the reference's, and `allowed` says
-    that eager was not sure itself.
+    `margin` is between eager's top two logits, `distance` between eager's logits and the reference's; `allowed` means that the
+    margin is too small to decide.
     """
 
     prompt: int
@@ -63,11 +62,11 @@ class Difference:
 
 @dataclass(frozen=True, repr=False)
 class Verification:
-    """What `verify` found; `ok` is the verdict and `print` shows it as tables.
+    """The result of `verify`; `ok` is the verdict and `print` shows tables.
 
-    `parts` are every block, the image features and the logits. Tokens are in `forced` if they differ when those before are
-    eager's, and in `generated` if they are the first that differ in an answer of `generate`; `tokens` were compared. `backend`
-    says what ran per part of the patched model, `notes` what could not be compared, and why.
+    `parts` are every block, the image features and the logits. `forced` has tokens that differ under teacher forcing,
+    `generated` the first differing token of each answer of `generate`, out of `tokens` compared. `backend` tells what ran for
+    each part of the patched model, `notes` what could not be compared, and why.
     """
 
     dtype: torch.dtype
@@ -80,7 +79,7 @@ class Verification:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """What is outside the rule; nothing if the model is verified."""
+        """Violations of the rules; empty if the model is verified."""
         parts = [f"{part.name} is off by {part.ours:.2e}, expected {part.bound:.2e}" for part in self.parts if not part.ok]
         tokens = [
             f"token {found.step} of prompt {found.prompt} is {found.ours}, expected {found.eager} ({how})"
@@ -121,17 +120,17 @@ class Verification:
 def verify(
     model: nn.Module, inputs: Mapping[str, Tensor], *, max_new_tokens: int = 32, backend: Backend = "auto"
 ) -> Verification:
-    """Compares the patched model with eager and with higher precision on `inputs`.
+    """Compares the patched model with eager and a higher-precision reference on `inputs`.
 
     Args:
-        model: a `LlavaOnevision1_5ForConditionalGeneration` in evaluation mode, patched or not. Afterwards it is as before,
-            also when this raises; only a patched model's report begins anew.
-        inputs: what the processor gives: `input_ids`, `attention_mask`, pixels and grids.
-        max_new_tokens: how many tokens to answer.
+        model: a `LlavaOnevision1_5ForConditionalGeneration` in evaluation mode, patched or not. It is restored afterwards, even
+            if this raises, except that a patched model's report starts over.
+        inputs: the processor's output: `input_ids`, `attention_mask`, pixels and grids.
+        max_new_tokens: maximum length of the answer.
         backend: as for `patch`.
 
     Raises:
-        TypeError: `model` holds no model that is known here, or none with a language head.
+        TypeError: `model` contains no supported model, or one without a language modeling head.
         ValueError: training mode, no `input_ids`, prompts padded on the right, or weights that are not in memory.
         PatchError, RuntimeError: as `patch`.
     """
@@ -148,7 +147,7 @@ def verify(
     mask = inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
     if not mask[:, -1].all():
         raise ValueError("a prompt ends with padding: prompts of a batch are padded on the left, as generate needs it")
-    # `patched` puts back, in whatever way this ends, what was there before.
+    # `patched` restores the previous state, however this ends.
     with torch.no_grad(), exact_float32(), _attention_that_computes_in_any_dtype(root), patched(model, backend):
         return _verify(model, root, inputs, max_new_tokens, backend)
 
@@ -191,12 +190,12 @@ def _verify(model: nn.Module, root: nn.Module, inputs: Inputs, max_new_tokens: i
 
 
 def _margins(logits: Tensor) -> Tensor:
-    """(..., vocabulary) -> (...): how far the second best is from the best."""
+    """(..., vocabulary) -> (...): the difference of the top two logits."""
     return logits.topk(2).values.diff(dim=-1).abs()[..., 0]
 
 
 def _padded(ids: Tensor, eos: int | list[int] | None, length: int) -> Tensor:
-    """(B, length), -1 behind the end of every answer."""
+    """(B, length), -1 after the end of an answer."""
     ends = torch.isin(ids, torch.tensor([] if eos is None else eos, dtype=ids.dtype, device=ids.device)).long()
     return nn.functional.pad(ids.masked_fill(ends.cumsum(-1) > ends, -1), (0, length - ids.shape[1]), value=-1)
 
@@ -204,7 +203,7 @@ def _padded(ids: Tensor, eos: int | list[int] | None, length: int) -> Tensor:
 def _differences(
     dtype: torch.dtype, distances: Tensor, margins: Tensor, ours: Tensor, eager: Tensor, among: Tensor
 ) -> Iterator[Difference]:
-    """Of token ids (B, steps), where `among` is true; `margins` and `distances` end with the longest answer of eager."""
+    """For token ids (B, steps), where `among` is true; `margins` and `distances` end with eager's longest answer."""
     for prompt, step in ((ours != eager) & among).nonzero().tolist():
         at = prompt, min(step, margins.shape[1] - 1)
         tokens, margin, distance = (int(x[prompt, step]) for x in (ours, eager)), float(margins[at]), float(distances[at])
@@ -212,7 +211,7 @@ def _differences(
 
 
 def _blocks(root: nn.Module, inputs: Inputs, backend: str, ran: dict[str, str]) -> list[Comparison]:
-    """Every vision block and every text layer on its input in an eager forward of the prompt."""
+    """Every vision block and text layer, given its input in an eager forward of the prompt."""
     visual, language, attention_mask = root.model.visual, root.model.language_model, inputs["attention_mask"]
     reference, found = _reference_dtype(language.norm.weight.dtype), []
 
@@ -224,7 +223,7 @@ def _blocks(root: nn.Module, inputs: Inputs, backend: str, ran: dict[str, str]) 
             return [ours, output, block.forward(x.to(reference), layout, *others, **kwargs)]
 
     def layer_results(index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> list[Tensor]:
-        """Together with the norm that follows the layer, as the kernels take them."""
+        """Includes the norm after the layer, which the kernels fuse with the residual addition."""
         x, positions, mask = args[0], kwargs["position_ids"], kwargs.get("attention_mask")
         norm = [*(following.input_layernorm for following in language.layers[1:]), language.norm][index]
         alone = SimpleNamespace(layers=[layer], norm=norm, rotary_emb=language.rotary_emb, config=language.config)
@@ -255,7 +254,7 @@ def _blocks(root: nn.Module, inputs: Inputs, backend: str, ran: dict[str, str]) 
 
 
 def _image_features(root: nn.Module, inputs: Inputs) -> Tensor | None:
-    """(tokens, text width) of all images and videos; None without any."""
+    """(tokens, text width) of all images and videos; None if there are none."""
     features = []
     for pixels, grids in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
         if inputs.get(pixels) is not None:
@@ -264,7 +263,7 @@ def _image_features(root: nn.Module, inputs: Inputs) -> Tensor | None:
 
 
 def _forced_logits(root: nn.Module, inputs: Inputs, ids: Tensor) -> Tensor:
-    """(B, steps, vocabulary), token by token over a cache, with `ids` (B, steps) as the tokens before."""
+    """(B, steps, vocabulary), teacher-forced with `ids` (B, steps), one decode step at a time."""
     given, mask, logits = inputs, inputs["attention_mask"], []
     for token in ids.split(1, dim=1):
         positions = _positions(mask)[:, -given["input_ids"].shape[1] :]
@@ -276,7 +275,7 @@ def _forced_logits(root: nn.Module, inputs: Inputs, ids: Tensor) -> Tensor:
 
 
 def _logits_at_once(root: nn.Module, inputs: Inputs, ids: Tensor) -> Tensor:
-    """What `_forced_logits` gives, by one forward over prompt and answer."""
+    """The same as `_forced_logits`, in one forward over prompt and answer."""
     answer = ids[:, :-1]
     more = {"input_ids": answer, "attention_mask": torch.ones_like(answer), "mm_token_type_ids": torch.zeros_like(answer)}
     whole = inputs | {name: torch.cat([inputs[name], x], dim=1) for name, x in more.items() if name in inputs}
@@ -285,13 +284,13 @@ def _logits_at_once(root: nn.Module, inputs: Inputs, ids: Tensor) -> Tensor:
 
 
 def _positions(mask: Tensor) -> Tensor:
-    """As `generate` counts them: from the first token that is not padding."""
+    """Positions as in `generate`: counted from the first non-padding token."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 @contextlib.contextmanager
 def _meanwhile(name: str, values: Iterable[tuple[Any, Any]]) -> Iterator[None]:
-    """The attribute `name` of every owner has another value."""
+    """Temporarily sets the attribute `name` of every owner."""
     with contextlib.ExitStack() as stack:
         for owner, value in values:
             stack.callback(setattr, owner, name, getattr(owner, name))
@@ -300,14 +299,14 @@ def _meanwhile(name: str, values: Iterable[tuple[Any, Any]]) -> Iterator[None]:
 
 
 def _cast(dtype: torch.dtype, *modules: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """The modules' parameters have another dtype."""
+    """Temporarily casts the modules' parameters."""
     parameters = [parameter for parameter in nn.ModuleList(modules).parameters() if parameter.is_floating_point()]
     return _meanwhile("data", ((parameter, parameter.data.to(dtype)) for parameter in parameters))
 
 
 @contextlib.contextmanager
 def _in_precision(root: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """The whole model computes in `dtype`: each block is cast when it is called, and back when it has run."""
+    """Makes the whole model compute in `dtype`: each block is cast for the duration of its call."""
     visual, language = root.model.visual, root.model.language_model
     blocks = [visual.patch_embed, visual.pre_layernorm, *visual.blocks, visual.merger]
     with contextlib.ExitStack() as hooks, contextlib.ExitStack() as running:
@@ -321,15 +320,15 @@ def _in_precision(root: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def exact_float32() -> contextlib.AbstractContextManager[None]:
-    """float32 products are computed in float32; convolutions on a GPU are not, by default."""
+    """Disables TF32, which is the default for convolutions on a GPU."""
     backends = torch.backends
-    # By these: the older settings raise as soon as someone has used these.
+    # The newer settings: torch refuses the older ones once these were used.
     settings = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
     return _meanwhile("fp32_precision", [(setting, "ieee") for setting in settings])
 
 
 def _attention_that_computes_in_any_dtype(root: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """FlashAttention has no float32: "sdpa" stands for it in eager and in the reference."""
+    """FlashAttention does not support float32: "sdpa" replaces it in eager and in the reference."""
     configs = [module.config for module in (root.model.visual, root.model.language_model)]
     others = [(config, "sdpa") for config in configs if config._attn_implementation not in ("eager", "sdpa")]
     return _meanwhile("_attn_implementation", others)
@@ -340,7 +339,7 @@ def _reference_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _ran(report: Report, sees: bool) -> dict[str, str]:
-    """Per part what ran, as the report says; vision only where there was something to see."""
+    """What ran for each part according to the report; vision only if there were images."""
     rows = [row for row in report.rows if sees or not row.path.startswith("visual")]
     calls = {row.path: [*row.ran, *(f"{ORIGINAL}: {reason}" for reason in row.fallbacks)] for row in rows}
     return {path: "; ".join(how) or "not called" for path, how in calls.items()}

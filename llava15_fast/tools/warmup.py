@@ -1,8 +1,8 @@
-"""Compiles what a patched model will launch, before the first request has to wait for it.
+"""Compiles the kernels of a patched model ahead of the first request.
 
-Triton compiles a kernel for each dtype and head_dim, and what decodes for the numbers of runs that the cache is split into,
-up to powers of two. The requests here pass through these; their sizes are the variants, not a workload. What is compiled stays
-in Triton's cache on disk (TRITON_CACHE_DIR), for every later process.
+Triton compiles a kernel per dtype and head_dim, and decode attention also per number of KV splits, rounded up to a power of 2.
+The requests here cover these variants; their sizes are no workload. Compiled kernels stay in Triton's cache on disk
+(TRITON_CACHE_DIR) for later processes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-# Prompt lengths whose caches are split into different numbers of runs; numbers of prompts that leave few runs to each, and at
-# last one; images of 560 x 560 and 1120 x 1120: with and without a CUDA graph.
+# Prompt lengths with different numbers of KV splits; batch sizes with few splits per prompt, down to one; images of 560 x 560
+# and 1120 x 1120: with and without a CUDA graph.
 PROMPTS = (33, 600, 1700, 3500)
 BATCHES = (2, 16, 32, 64)
 GRIDS = ((40, 40), (80, 80))
@@ -26,10 +26,10 @@ def warmup(model: nn.Module, progress: Callable[[str, float], None] | None = Non
     """Runs small requests of every kind on a patched `LlavaOnevision1_5ForConditionalGeneration`.
 
     Args:
-        progress: called with each request and its seconds as soon as it is done.
+        progress: called with the name and seconds of each request when it is done.
 
     Returns:
-        request -> seconds it took.
+        Request name -> seconds.
     """
     taken = {}
     longest = model.config.text_config.max_position_embeddings - GREEDY["max_new_tokens"]
@@ -38,7 +38,7 @@ def warmup(model: nn.Module, progress: Callable[[str, float], None] | None = Non
             if inputs["input_ids"].shape[1] > longest:
                 continue
             start = time.perf_counter()
-            model.generate(**inputs, **GREEDY).tolist()  # so that the device has finished
+            model.generate(**inputs, **GREEDY).tolist()  # synchronizes
             taken[request] = time.perf_counter() - start
             if progress is not None:
                 progress(request, taken[request])
