@@ -1,7 +1,7 @@
-"""The README's section on speed and its pictures, from committed rows alone.
+"""`docs/benchmarks.md` and its pictures, from committed rows alone.
 
     python -m benchmarks.report            writes both
-    python -m benchmarks.report --check    says whether the README is what the rows make of it
+    python -m benchmarks.report --check    tells whether the document is what the rows make of it
 
 | label     | from                                                                            |
 |-----------|---------------------------------------------------------------------------------|
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 BENCHMARKS = Path("benchmarks")
 PLOTS = BENCHMARKS / "results/plots"
+DOCUMENT = Path("docs/benchmarks.md")
 BEGIN, END = "<!-- speed: written by python -m benchmarks.report -->", "<!-- end of speed -->"
 NOT_YET = "not measured yet"
 
@@ -149,7 +150,7 @@ DECODE = [(config, context) for config in ("4b", "8b") for context in (1024, 819
 
 
 def decode_table(evidence: Evidence) -> str:
-    rows = [("", "floor", "patched, modelled", "patched, measured", "sdpa, modelled", "sdpa, measured")]
+    rows = [("", "lower bound", "patched, modelled", "patched, measured", "sdpa, modelled", "sdpa, measured")]
     for config, context in DECODE:
         counted = evidence.counted(config, f"decode {context}")
 
@@ -165,7 +166,7 @@ def decode_table(evidence: Evidence) -> str:
         }
         rows.append(
             (
-                f"{config.upper()} behind {context} tokens",
+                f"{config.upper()}, context {context}",
                 f"{counted['patched']['floor']['ms']:.2f} ms",
                 *(text for provider in ("patched", "sdpa") for text in (modelled[provider], measured(provider))),
             )
@@ -175,8 +176,8 @@ def decode_table(evidence: Evidence) -> str:
 
 PHASES = (
     ("vision 1120x1120", "an image of 1120 x 1120"),
-    ("prefill 1024", "a prompt of 1024"),
-    ("decode 1024", "a token behind 1024"),
+    ("prefill 1024", "prefill of 1024 tokens"),
+    ("decode 1024", "decode step at context 1024"),
 )
 
 
@@ -200,14 +201,15 @@ def counts_table(evidence: Evidence) -> str:
 def answers_table(evidence: Evidence) -> str:
     """One 1120 x 1120 image, 64 tokens of text, 256 new ones."""
     figures = ("preprocessing_ms", "time_to_first_token_ms", "ms_per_token", "generate_ms")
-    rows = [("measured", "preprocessing", "first token", "each token", "whole answer", "memory", "first call")]
+    rows = [("measured", "preprocessing", "TTFT", "TPOT", "end-to-end latency", "memory", "first call")]
     for one in evidence.by_device():
         for config in ("4b", "8b"):
             found = one.answers(config=config, images=1, image_size=1120, context=64, new_tokens=256)
             for provider, row in found.items():
                 times = (median(row, figure, "ms") for figure in figures)
                 rows.append((f"{config.upper()}, {provider}", *times, f"{row['peak_gb']} GB", first_call(row)))
-    return table(*rows) if len(rows) > 1 else f"{NOT_YET.capitalize()}."
+    title = "## End-to-end latency, one 1120 x 1120 image, 64 text tokens, 256 new tokens, batch 1"
+    return f"{title}\n\n{table(*rows)}" if len(rows) > 1 else ""
 
 
 def first_call(row: Row) -> str:
@@ -219,21 +221,21 @@ def first_call(row: Row) -> str:
 
 
 def ways_table(evidence: Evidence) -> str:
-    """Everyone who decodes behind 1024 tokens."""
-    title = "**Everyone**, batch 1 behind 1024 tokens of text, measured"
-    rows = [("", "first token", "each token", "memory", "first call")]
+    """All decoding back ends at context length 1024."""
+    title = "## Decoding back ends, batch 1, context length 1024, measured"
+    rows = [("", "TTFT", "TPOT", "memory", "first call")]
     for one in evidence.by_device():
         for config in ("4b", "8b"):
             for provider, row in one.answers(config=config, context=1024).items():
                 times = (median(row, figure, "ms") for figure in ("time_to_first_token_ms", "ms_per_token"))
                 rows.append((f"{config.upper()}: {provider}", *times, f"{row['peak_gb']} GB", first_call(row)))
-    return f"{title}:\n\n{table(*rows)}" if len(rows) > 1 else f"{title}: {NOT_YET}."
+    return f"{title}\n\n{table(*rows)}" if len(rows) > 1 else ""
 
 
 def shapes_table(evidence: Evidence) -> str:
-    """Every shape that was measured, patched beside sdpa."""
-    title = "**Every shape**, patched / sdpa, measured"
-    rows = [("", "first token, ms", "each token, ms", "tokens/s", "memory, GB")]
+    """All measured shapes, patched and sdpa."""
+    title = "## Latency by batch, context and image size, patched / sdpa, measured"
+    rows = [("", "TTFT, ms", "TPOT, ms", "tokens/s", "memory, GB")]
     for one in evidence.by_device():
         found: dict[tuple[Any, ...], dict[str, Row]] = {}
         for row in one.rows:
@@ -255,7 +257,7 @@ def shapes_table(evidence: Evidence) -> str:
                     both(lambda row: f"{row['peak_gb']}"),
                 )
             )
-    return f"{title}:\n\n{table(*rows)}" if len(rows) > 1 else f"{title}: {NOT_YET}."
+    return f"{title}\n\n{table(*rows)}" if len(rows) > 1 else ""
 
 
 def runs_line(evidence: Evidence) -> str:
@@ -335,7 +337,7 @@ def cpu_table(evidence: Evidence) -> str:
 
 
 def section(evidence: Evidence) -> str:
-    """The README's text between the markers."""
+    """The text between the markers."""
     device = next(iter(evidence.roofline.values()))["device"]
     assumed = next(iter(evidence.roofline.values()))["assumptions"]
 
@@ -346,35 +348,34 @@ def section(evidence: Evidence) -> str:
         return f"{assumed[name]['best']:g} to {assumed[name]['worst']:g}"
 
     def picture(name: str, words: str) -> list[str]:
-        return [f"![{words}]({(PLOTS / name).as_posix()}.png)"] if PICTURES[name].has_data(evidence) else []
+        return [f"![{words}](../{(PLOTS / name).as_posix()}.png)"] if PICTURES[name].has_data(evidence) else []
 
     threads = f", float32, threads: {evidence.cpu['threads']}" if evidence.cpu else ""
     blocks = [
         BEGIN,
         "Each number is *measured* (a committed, verified run on the device that is named), *counted* (operators of a forward "
         "of the real model on fake tensors), *modelled* (counts at the rates of a data sheet) or *published* (by others). This "
-        "section is written by `python -m benchmarks.report`, and a test compares it with the committed rows.",
+        "page is written by `python -m benchmarks.report`, and a test compares it with the committed rows.",
         runs_line(evidence),
-        "**One more token**, batch 1, bfloat16:",
+        "## Decode: time per output token (TPOT), batch 1, bfloat16",
         decode_table(evidence),
-        *picture("decode", "Milliseconds per token: floor, modelled, measured, published"),
-        f"Floor: weights and cached keys and values once, at {device['bandwidth'] / 1e12:.2f} TB/s ({device['name']}). "
-        f"Modelled: {share('bandwidth')} of that, {reach('gap_us')} us of the device per launch, {reach('operator_us')} us of "
-        "the host per operator where no CUDA graph is replayed; `python -m benchmarks.roofline` prints every phase, for five "
+        *picture("decode", "Milliseconds per token: bandwidth lower bound, modelled, measured, published"),
+        f"Bandwidth lower bound: weights and KV cache read once, at {device['bandwidth'] / 1e12:.2f} TB/s ({device['name']}). "
+        f"Modelled: {share('bandwidth')} of that, {reach('gap_us')} us of device time per launch, {reach('operator_us')} us of "
+        "host time per operator without a CUDA graph; `python -m benchmarks.roofline` prints every phase, for five "
         "devices.",
-        "**Whole answers**, one 1120 x 1120 image, 64 tokens of text, 256 new tokens, batch 1:",
         answers_table(evidence),
         ways_table(evidence),
         shapes_table(evidence),
-        "**What runs**, counted:",
+        "## Kernel launches and memory traffic, counted",
         counts_table(evidence),
         *picture("launches", "Counted kernel launches per forward: eager, sdpa, patched"),
-        "**Beside the figures of others:**",
+        "## Published results",
         published_table(evidence),
         *picture("attention", "Attention in TFLOP/s by length, measured and published"),
         memory_table(evidence),
-        *picture("memory", "Kernels bound by memory as a share of a copy, measured"),
-        "**Without a GPU**, the torch backend against the unpatched model, random weights" + threads + ":",
+        *picture("memory", "Bandwidth-bound kernels relative to a copy, measured"),
+        "## Without a GPU: torch backend relative to the unpatched model, random weights" + threads,
         cpu_table(evidence),
         "Dense masks: sdpa, and in the vision tower one call over all images behind a mask, as in the published code; our "
         "unpatched model has none.",
@@ -384,19 +385,19 @@ def section(evidence: Evidence) -> str:
         "`python -m pytest benchmarks` for the kernels one by one.",
         END,
     ]  # fmt: skip
-    return "\n\n".join(blocks)
+    return "\n\n".join(filter(None, blocks))
 
 
-def with_section(readme: str, text: str) -> str:
-    """The README with its section replaced.
+def with_section(document: str, text: str) -> str:
+    """The document with its section replaced.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    before, begin, rest = readme.partition(BEGIN)
+    before, begin, rest = document.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in rest or END in after:
-        raise ValueError(f"the README needs {BEGIN} and {END} once each, in this order")
+        raise ValueError(f"{DOCUMENT} needs {BEGIN} and {END} once each, in this order")
     return before + text + after
 
 
@@ -411,7 +412,7 @@ BESIDE = {
 }  # fmt: skip
 """Attention: who is in the published chart, and whose measurements are drawn beside ours."""
 WIDTH = 8.0
-"""Inches, at 150 dots each: as wide as a README shows it."""
+"""Inches, at 150 dots each: as wide as a document shows it."""
 
 
 def new_figure(height: float, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
@@ -451,7 +452,7 @@ def decode_picture(evidence: Evidence) -> Figure:
     longest = max(bar.get_x() + bar.get_width() for axes in both for bar in axes.patches)
     for axes in both:
         axes.set_xlim(0, 1.32 * longest)  # room for the words behind the bars
-    figure.supxlabel("ms per token behind 1024 tokens (published: a short context), batch 1, bfloat16", fontsize=10)
+    figure.supxlabel("TPOT in ms at context length 1024 (published: a short context), batch 1, bfloat16", fontsize=10)
     return figure
 
 
@@ -468,7 +469,7 @@ def _decode_bars(axes: Axes, evidence: Evidence, config: str) -> None:
         axes.text(max(high, floor) + 0.4, y, text, va="center", fontsize=9, **missing)
 
     floor = counted["patched"]["floor"]["ms"]
-    bar(f"floor, {device}", 0, floor, f"{floor:.2f}", color=FLOOR)
+    bar(f"lower bound, {device}", 0, floor, f"{floor:.2f}", color=FLOOR)
     for provider, color in (("patched", OURS), ("sdpa", OTHERS[0])):
         low, high = (counted[provider]["modelled"][f"{case}_ms"] for case in ("best", "worst"))
         bar(
@@ -621,30 +622,30 @@ def draw_all(evidence: Evidence, folder: Path) -> list[Path]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report",
-        description="Draws the pictures and writes the README's section on speed, from the rows that are committed under "
+        description="Draws the pictures and writes docs/benchmarks.md, from the rows that are committed under "
         "benchmarks/results. Drawing needs matplotlib (pip install '.[benchmarks]').",
     )
-    parser.add_argument("--check", action="store_true", help="Writes nothing; the exit status is 1 where the README differs.")
+    parser.add_argument("--check", action="store_true", help="Writes nothing; the exit status is 1 if the document differs.")
     parser.add_argument(
         "--root", type=Path, default=ROOT, metavar="DIR", help="The checkout to read and write. Default: this one."
     )
     arguments = parser.parse_args(argv)
-    readme = arguments.root / "README.md"
-    if not (readme.is_file() and (arguments.root / BENCHMARKS / "published.json").is_file()):
+    document = arguments.root / DOCUMENT
+    if not (document.is_file() and (arguments.root / BENCHMARKS / "published.json").is_file()):
         parser.error(f"--root {arguments.root}: not a checkout of this project")
     evidence = Evidence.load(arguments.root)
-    before = readme.read_text()
+    before = document.read_text()
     after = with_section(before, section(evidence))
     if arguments.check:
-        print("the README is up to date" if before == after else "the README differs: run python -m benchmarks.report")
+        print(f"{DOCUMENT} is up to date" if before == after else f"{DOCUMENT} differs: run python -m benchmarks.report")
         return int(before != after)
     try:
         files = draw_all(evidence, arguments.root / PLOTS)
     except ModuleNotFoundError as error:
         print(f"no pictures without {error.name}: pip install '.[benchmarks]'", file=sys.stderr)
         return 2
-    readme.write_text(after)
-    print("\n".join(str(file) for file in [readme, *files]))
+    document.write_text(after)
+    print("\n".join(str(file) for file in [document, *files]))
     return 0
 
 
