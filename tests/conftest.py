@@ -92,6 +92,18 @@ def golden():
 
 
 @pytest.fixture
+def prompts(golden):
+    """case -> what `generate` takes of it: the inputs without labels, in a dict of the test's own."""
+    return {case: {name: value for name, value in parts[0].items() if name != "labels"} for case, parts in golden.items()}
+
+
+@pytest.fixture
+def prompt(prompts):
+    """A prompt with one image."""
+    return prompts["one_image"]
+
+
+@pytest.fixture
 def tiny():
     """The golden checkpoint, loaded afresh, in evaluation mode."""
     model = llava15_fast.LlavaOnevision1_5ForConditionalGeneration.from_pretrained(GOLDEN / "tiny_hub")

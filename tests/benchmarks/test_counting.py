@@ -56,9 +56,9 @@ def test_counts_of_known_operators():
 
 
 @pytest.mark.parametrize("case", ["text", "one_image"])
-def test_counted_launches_of_our_kernels_are_the_real_ones(tiny, golden, launches, case):
+def test_counted_launches_of_our_kernels_are_the_real_ones(tiny, prompts, launches, case):
     """The same forward, counted by declarations and by what the interpreter (or the GPU) launches."""
-    inputs = {key: value for key, value in golden[case][0].items() if key != "labels"}
+    inputs = prompts[case]
     llava15_fast.patch(tiny, "triton", cuda_graph=False)
     with torch.no_grad(), Counter() as counted:
         output = tiny(**inputs, use_cache=True)

@@ -14,11 +14,6 @@ from llava15_kernels import flash_attn_with_kvcache
 OPTIONS = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-@pytest.fixture
-def prompt(golden):
-    return {key: value for key, value in golden["one_image"][0].items() if key != "labels"}
-
-
 def fails_at(function, call, error):
     """`function`, which raises `error` at its `call`th call and never again."""
     calls = iter(range(10**9))

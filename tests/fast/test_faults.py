@@ -1,4 +1,4 @@
-"""Strange and hostile inputs: a clear error that names the value, or the answer of the plain path. Counted per kind."""
+"""Strange and hostile inputs: a clear error that names the value, or the answer of the plain path."""
 
 import io
 import json
@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +31,6 @@ CHECKPOINT, TINY = ROOT / "assets/scenes_checkpoint", ROOT / "tests/golden/tiny_
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
-COUNTS: Counter[tuple[str, str]] = Counter()
-RAN: set[str] = set()
-"""(kind, "equal" or "refused") -> inputs."""
-
 
 @pytest.fixture(scope="module")
 def processor():
@@ -50,19 +45,17 @@ def random_rgb(width, height, seed=0):
     return np.random.default_rng([width, height, seed]).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def equal(kind, processor, image, rgb, **options):
+def equal(processor, image, rgb, **options):
     """`image` gives what the 8-bit RGB array `rgb`, converted by hand, gives."""
     found, expected = pixels(processor, image, **options), pixels(processor, Image.fromarray(rgb))
-    assert torch.equal(found.image_grid_thw, expected.image_grid_thw), (kind, rgb.shape)
-    assert torch.equal(found.pixel_values, expected.pixel_values), (kind, rgb.shape)
+    assert torch.equal(found.image_grid_thw, expected.image_grid_thw), rgb.shape
+    assert torch.equal(found.pixel_values, expected.pixel_values), rgb.shape
     assert found.pixel_values.isfinite().all()
-    COUNTS[kind, "equal"] += 1
 
 
-def refused(kind, call, match, error=ValueError):
+def refused(call, match, error=ValueError):
     with pytest.raises(error, match=match):
         call()
-    COUNTS[kind, "refused"] += 1
 
 
 SIZES = [(1, 1), (1, 2), (2, 1), (3, 3), (1, 200), (200, 1), (13, 27), (28, 28), (29, 55), (112, 84), (1000, 30), (30, 1999)]
@@ -76,29 +69,29 @@ def grey_rgb(grey):
 def test_modes(processor, size):
     rgb = random_rgb(*size)
     image, grey = Image.fromarray(rgb), rgb[..., 0]
-    equal("RGB", processor, image, rgb)
-    equal("grey", processor, Image.fromarray(grey), grey_rgb(grey))
-    equal("black and white", processor, Image.fromarray(grey > 99), grey_rgb((grey > 99) * np.uint8(255)))
+    equal(processor, image, rgb)
+    equal(processor, Image.fromarray(grey), grey_rgb(grey))
+    equal(processor, Image.fromarray(grey > 99), grey_rgb((grey > 99) * np.uint8(255)))
     alpha = (random_rgb(*size, seed=1)[..., :1] > 99) * np.uint8(255)
-    equal("RGBA", processor, Image.fromarray(np.concatenate([rgb, alpha], -1)), np.where(alpha, rgb, np.uint8(255)))
+    equal(processor, Image.fromarray(np.concatenate([rgb, alpha], -1)), np.where(alpha, rgb, np.uint8(255)))
     grey_alpha = Image.fromarray(np.concatenate([grey[..., None], alpha], -1), "LA")
-    equal("grey with alpha", processor, grey_alpha, np.where(alpha, grey_rgb(grey), np.uint8(255)))
+    equal(processor, grey_alpha, np.where(alpha, grey_rgb(grey), np.uint8(255)))
     palette = Image.fromarray(grey, "P")
     colours = random_rgb(256, 1, seed=2)[0]
     palette.putpalette(colours.tobytes())
-    equal("palette", processor, palette, colours[grey])
+    equal(processor, palette, colours[grey])
     palette.info["transparency"] = int(grey[0, 0])
     on_white = np.where(grey[..., None] == grey[0, 0], np.uint8(255), colours[grey])
-    equal("palette with transparency", processor, palette, on_white)
+    equal(processor, palette, on_white)
     cmyk = np.concatenate([rgb, np.zeros_like(alpha)], -1)
-    equal("CMYK", processor, Image.fromarray(cmyk, "CMYK"), 255 - rgb)
+    equal(processor, Image.fromarray(cmyk, "CMYK"), 255 - rgb)
     deep = grey.astype(np.uint16) * 257
     deep.flat[0] = 65535  # values to 255 count as 8-bit ones
     by_hand = grey_rgb((deep // 257).astype(np.uint8))
-    equal("16 bits", processor, Image.fromarray(deep), by_hand)
-    equal("32 bits", processor, Image.fromarray(deep.astype(np.int32)), by_hand)
+    equal(processor, Image.fromarray(deep), by_hand)
+    equal(processor, Image.fromarray(deep.astype(np.int32)), by_hand)
     light = np.maximum(grey, 2)  # floats up to 1 count from 0 to 1
-    equal("float image", processor, Image.fromarray(light.astype(np.float32)), grey_rgb(light))
+    equal(processor, Image.fromarray(light.astype(np.float32)), grey_rgb(light))
 
 
 @pytest.mark.parametrize("size", [size for size in SIZES if min(size) > 4], ids=str)
@@ -122,27 +115,27 @@ def test_arrays(processor, size):
         "negative strides": np.ascontiguousarray(rgb[::-1, ::-1])[::-1, ::-1],
         "read-only": np.frombuffer(rgb.tobytes(), np.uint8).reshape(rgb.shape),
     }
-    for name, array in arrays.items():
-        equal(f"array, {name}", processor, array, rgb)
-        equal(f"array, {name}", processor, np.moveaxis(array, -1, 0), rgb)
+    for array in arrays.values():
+        equal(processor, array, rgb)
+        equal(processor, np.moveaxis(array, -1, 0), rgb)
         if array.dtype.byteorder != ">" and min(array.strides) > 0 and array.flags.writeable:
-            equal(f"tensor, {name}", processor, torch.from_numpy(array), rgb)
-            equal(f"tensor, {name}", processor, torch.from_numpy(array).permute(2, 0, 1), rgb)
+            equal(processor, torch.from_numpy(array), rgb)
+            equal(processor, torch.from_numpy(array).permute(2, 0, 1), rgb)
     grey = rgb[..., :1]
-    equal("array, one channel", processor, grey, grey_rgb(grey[..., 0]))
-    equal("array, one channel", processor, grey[..., 0], grey_rgb(grey[..., 0]))
-    equal("array, one channel", processor, np.moveaxis(grey, -1, 0), grey_rgb(grey[..., 0]))
-    equal("array, bool", processor, rgb > 99, (rgb > 99) * np.uint8(255))
-    equal("tensor, gradient", processor, torch.from_numpy(rgb).float().requires_grad_(), rgb)
+    equal(processor, grey, grey_rgb(grey[..., 0]))
+    equal(processor, grey[..., 0], grey_rgb(grey[..., 0]))
+    equal(processor, np.moveaxis(grey, -1, 0), grey_rgb(grey[..., 0]))
+    equal(processor, rgb > 99, (rgb > 99) * np.uint8(255))
+    equal(processor, torch.from_numpy(rgb).float().requires_grad_(), rgb)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 3), (3, 40), (40, 3), (4, 9), (40, 1)], ids=str)
 def test_arrays_whose_shape_does_not_tell(processor, size):
     rgb = random_rgb(*size)
     for array, channels in ((rgb, "channels_last"), (np.moveaxis(rgb, -1, 0), "channels_first")):
-        equal("array, format given", processor, array, rgb, input_data_format=channels)
+        equal(processor, array, rgb, input_data_format=channels)
         if array.shape[0] in (1, 3, 4) and array.shape[-1] in (1, 3, 4):
-            refused("array, ambiguous", lambda array=array: pixels(processor, array), re.escape(str(array.shape)))
+            refused(lambda array=array: pixels(processor, array), re.escape(str(array.shape)))
 
 
 BAD_ARRAYS = [
@@ -157,12 +150,12 @@ BAD_ARRAYS = [
 
 @pytest.mark.parametrize(("array", "match", "options"), BAD_ARRAYS)
 def test_bad_arrays(processor, array, match, options):
-    refused("array, bad", lambda: pixels(processor, array, **options), match)
+    refused(lambda: pixels(processor, array, **options), match)
 
 
 @pytest.mark.parametrize("size", [(8000, 30), (30, 8000), (1, 201), (700, 3)])
 def test_too_long_and_thin(processor, size):
-    refused("too thin", lambda: pixels(processor, Image.fromarray(random_rgb(*size))), "aspect ratio must be smaller than 200")
+    refused(lambda: pixels(processor, Image.fromarray(random_rgb(*size))), "aspect ratio must be smaller than 200")
 
 
 def encoded(image, kind, **options):
@@ -193,11 +186,9 @@ def test_damaged_files(processor, tmp_path, kind):
             found = pixels(processor, path)
         except ValueError as error:
             assert path.name in str(error) or "aspect ratio" in str(error)
-            COUNTS[f"damaged {kind}", "refused"] += 1
             continue
         with Image.open(path) as image:
             assert torch.equal(found.pixel_values, pixels(processor, image.convert("RGB")).pixel_values)
-        COUNTS[f"damaged {kind}", "equal"] += 1
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -208,20 +199,20 @@ def test_exif_orientations(processor, tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     (tmp_path / "turned.png").write_bytes(encoded(Image.fromarray(rgb), "PNG", exif=exif))
-    equal("EXIF orientation", processor, tmp_path / "turned.png", np.ascontiguousarray(turns[orientation]))
+    equal(processor, tmp_path / "turned.png", np.ascontiguousarray(turns[orientation]))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "TIFF"])
 def test_animated_files_are_their_first_frame(processor, tmp_path, kind):
     frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "lime", "blue")]
     (tmp_path / "moving").write_bytes(encoded(frames[0], kind, save_all=True, append_images=frames[1:]))
-    equal("animated", processor, tmp_path / "moving", np.asarray(frames[0]))
+    equal(processor, tmp_path / "moving", np.asarray(frames[0]))
 
 
 def test_decompression_bombs(processor, tmp_path, monkeypatch):
     (tmp_path / "bomb.png").write_bytes(encoded(Image.new("1", (3000, 3000)), "PNG"))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
-    refused("bomb", lambda: pixels(processor, tmp_path / "bomb.png"), r"bomb\.png.*exceeds limit")
+    refused(lambda: pixels(processor, tmp_path / "bomb.png"), r"bomb\.png.*exceeds limit")
 
 
 # Grids and prompts
@@ -235,8 +226,8 @@ def grids_of_vision(random_state):
 
 
 @pytest.mark.parametrize("patched", [False, True])
-def test_grids(tiny, golden, patched):
-    inputs = {key: value for key, value in golden["one_image"][0].items() if key != "labels"}
+def test_grids(tiny, prompts, patched):
+    inputs = prompts["one_image"]
     expected = tiny.generate(**inputs, **GREEDY)
     if patched:
         llava15_fast.patch(tiny, "torch")
@@ -246,10 +237,10 @@ def test_grids(tiny, golden, patched):
         if min(min(row) for row in grid) > 0 and sum(sizes) == patches and not any(h % 2 or w % 2 for _, h, w in grid):
             continue
         bad = {**inputs, "image_grid_thw": torch.tensor(grid, device=tiny.device)}
-        refused("grid", lambda bad=bad: tiny.generate(**bad, **GREEDY), "grid_thw")
+        refused(lambda bad=bad: tiny.generate(**bad, **GREEDY), "grid_thw")
     for shape in [(3,), (0, 3), (1, 2), (1, 4), (1, 1, 3)]:
         bad = {**inputs, "image_grid_thw": torch.ones(shape, dtype=torch.long, device=tiny.device)}
-        refused("grid", lambda bad=bad: tiny(**bad), "grid_thw")
+        refused(lambda bad=bad: tiny(**bad), "grid_thw")
     assert torch.equal(tiny.generate(**inputs, **GREEDY), expected)
 
 
@@ -263,7 +254,7 @@ def test_prompts_with_the_wrong_number_of_placeholders(tiny, golden, patched):
     for placeholders in [0, 1, right - 1, right + 1, 2 * right, 500]:
         prompt = torch.cat([ids[:, :1], ids.new_full((1, placeholders), token), ids[:, -1:]], -1)
         bad = {**inputs, "input_ids": prompt}
-        refused("placeholders", lambda bad=bad: tiny.generate(**bad, **GREEDY), f"{placeholders} image placeholder tokens")
+        refused(lambda bad=bad: tiny.generate(**bad, **GREEDY), f"{placeholders} image placeholder tokens")
 
 
 def test_text_prompts(processor):
@@ -271,14 +262,14 @@ def test_text_prompts(processor):
     for images, prompts in [(1, 0), (0, 1), (2, 1), (1, 2), (3, 5), (0, 7), (1, 40)]:
         for token, kind, name in ((IMAGE, [image], "images"), (VIDEO, [[image]], "videos")):
             call = {name: kind * images or None, "text": token * prompts}
-            refused("text", lambda call=call: processor(**call), f"{prompts} .*placeholders in the text, but {images}")
+            refused(lambda call=call: processor(**call), f"{prompts} .*placeholders in the text, but {images}")
 
 
 def test_texts_that_are_none(processor):
     for prompt, match in [([], "empty list"), ([None], "NoneType"), ([["a"]], "list"), (3, "int"), (b"a", "bytes")]:
-        refused("text", lambda prompt=prompt: processor(text=prompt), match)
+        refused(lambda prompt=prompt: processor(text=prompt), match)
     for image in (Image.new("RGB", (0, 5)), Image.new("L", (0, 0))):
-        refused("no pixels", lambda image=image: pixels(processor, image), "holds no pixels")
+        refused(lambda image=image: pixels(processor, image), "holds no pixels")
     assert processor(images=[], text="a").keys() == processor(text="a").keys()
 
 
@@ -349,8 +340,8 @@ def outcome(call):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="an index that is out of range ends a process on a GPU")
 @pytest.mark.parametrize("name", STRANGE_CALLS)
-def test_strange_calls_have_eagers_answer_or_error(tiny, golden, name):
-    inputs = {key: value for key, value in golden["one_image"][0].items() if key != "labels"}
+def test_strange_calls_have_eagers_answer_or_error(tiny, prompts, name):
+    inputs = prompts["one_image"]
     call = {
         key: value.to(tiny.device) if isinstance(value, torch.Tensor) else value
         for key, value in STRANGE_CALLS[name](inputs).items()
@@ -373,7 +364,6 @@ def test_strange_calls_have_eagers_answer_or_error(tiny, golden, name):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-4, equal_nan=True, msg=f"{what}: {ours}, {theirs}")
         else:
             assert ours is theirs, what
-        COUNTS["call", "equal" if isinstance(theirs, torch.Tensor) else "refused"] += 1
 
 
 def test_what_is_no_tensor_is_named(tiny, golden):
@@ -383,7 +373,7 @@ def test_what_is_no_tensor_is_named(tiny, golden):
         ("image_grid_thw", inputs["image_grid_thw"].float(), "grid_thw.*expected positive integers"),
         ("pixel_values", inputs["pixel_values"].cpu().numpy(), "pixel_values is a ndarray, expected a tensor"),
     ]:
-        refused("call", lambda key=key, value=value: tiny(**{**inputs, key: value}), match)
+        refused(lambda key=key, value=value: tiny(**{**inputs, key: value}), match)
 
 
 # Checkpoints
@@ -415,9 +405,9 @@ def test_cut_and_wrong_weights(folder):
     whole = (folder / "model.safetensors").read_bytes()
     for length in [0, 4, 8, 100, len(whole) // 2, len(whole) - 1]:
         (folder / "model.safetensors").write_bytes(whole[:length])
-        refused("checkpoint", lambda: load(folder), r"model\.safetensors is not a complete", OSError)
+        refused(lambda: load(folder), r"model\.safetensors is not a complete", OSError)
     (folder / "model.safetensors").write_bytes((2**63 - 1).to_bytes(8, "little") + whole[8:])
-    refused("checkpoint", lambda: load(folder), r"model\.safetensors is not a complete", OSError)
+    refused(lambda: load(folder), r"model\.safetensors is not a complete", OSError)
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 1), (490, 48, 2)])
@@ -425,7 +415,7 @@ def test_tensors_of_a_wrong_shape_are_named(folder, shape):
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] = torch.zeros(shape)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    refused("checkpoint", lambda: load(folder), "mismatch", RuntimeError)
+    refused(lambda: load(folder), "mismatch", RuntimeError)
 
 
 @pytest.mark.parametrize(
@@ -437,7 +427,7 @@ def test_an_index_that_leaves_its_folder(folder, name):
     index["weight_map"]["lm_head.weight"] = name
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     shutil.copy(folder / "a.safetensors", folder.parent)
-    refused("checkpoint", lambda: load(folder), r"expected a file of the same folder|is missing", OSError)
+    refused(lambda: load(folder), r"expected a file of the same folder|is missing", OSError)
 
 
 def test_other_ways_out_of_a_folder(folder):
@@ -454,17 +444,17 @@ def test_other_ways_out_of_a_folder(folder):
     model_class, inside = LlavaOnevision1_5ForConditionalGeneration, "expected a file of the same folder"
 
     (hostile / "sub/model.safetensors.index.json").write_text(index)
-    refused("checkpoint", lambda: model_class.from_pretrained(hostile, subfolder="sub"), inside, OSError)
+    refused(lambda: model_class.from_pretrained(hostile, subfolder="sub"), inside, OSError)
     for named in (hostile / "sub", str(hostile / "sub")):
         settings = json.loads((folder.parent / "adapter/adapter_config.json").read_text())
         settings["base_model_name_or_path"] = str(named)
         (folder.parent / "adapter/adapter_config.json").write_text(json.dumps(settings))
-        refused("checkpoint", lambda: model_class.from_pretrained(folder.parent / "adapter"), inside, OSError)
+        refused(lambda: model_class.from_pretrained(folder.parent / "adapter"), inside, OSError)
     (hostile / "sub/model.safetensors.index.json").rename(hostile / "sub/model.safetensors.index.fp16.json")
-    refused("checkpoint", lambda: model_class.from_pretrained(hostile / "sub", variant="fp16"), inside, OSError)
+    refused(lambda: model_class.from_pretrained(hostile / "sub", variant="fp16"), inside, OSError)
     for content in ("[]", "[" * 100_000):
         (folder.parent / "adapter/adapter_config.json").write_text(content)
-        refused("checkpoint", lambda: model_class.from_pretrained(folder.parent / "adapter"), r"adapter_config\.json", OSError)
+        refused(lambda: model_class.from_pretrained(folder.parent / "adapter"), r"adapter_config\.json", OSError)
 
 
 def test_a_variant_that_is_sound(folder):
@@ -492,14 +482,14 @@ def test_code_of_a_checkpoint_never_runs(folder):
 def test_an_unreadable_index(folder, text):
     sharded(folder)
     (folder / "model.safetensors.index.json").write_text(text)
-    refused("checkpoint", lambda: load(folder), r"model\.safetensors\.index\.json", OSError)
+    refused(lambda: load(folder), r"model\.safetensors\.index\.json", OSError)
 
 
 def test_a_missing_shard(folder):
     sharded(folder)
     load(folder)
     (folder / "b.safetensors").unlink()
-    refused("checkpoint", lambda: load(folder), r"b\.safetensors is missing", OSError)
+    refused(lambda: load(folder), r"b\.safetensors is missing", OSError)
 
 
 class Bomb:
@@ -515,7 +505,7 @@ def test_pickles_are_refused(folder, name, monkeypatch):
         index = {"metadata": {}, "weight_map": {"lm_head.weight": name}}
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     monkeypatch.chdir(folder)
-    refused("checkpoint", lambda: load(folder), rf"{name} is a pickle.*only safetensors", OSError)
+    refused(lambda: load(folder), rf"{name} is a pickle.*only safetensors", OSError)
     assert not (folder / "exploded").exists()
 
 
@@ -543,7 +533,7 @@ def test_wrong_values_of_the_configuration(folder, part, key, value):
     config = json.loads((folder / "config.json").read_text())
     config[part][key] = value
     (folder / "config.json").write_text(json.dumps(config))
-    refused("configuration", lambda: load(folder), rf"{key}|'nothing'|ignore_mismatched_sizes", ERRORS)
+    refused(lambda: load(folder), rf"{key}|'nothing'|ignore_mismatched_sizes", ERRORS)
 
 
 # Interruptions, and kernels that cannot be made
@@ -554,9 +544,9 @@ def traces(model):
 
 
 @pytest.mark.parametrize("step", range(4))
-def test_control_c_in_the_middle_of_patch(tiny, golden, monkeypatch, step):
+def test_control_c_in_the_middle_of_patch(tiny, prompts, monkeypatch, step):
     """At every change of a class."""
-    inputs = {key: value for key, value in golden["one_image"][0].items() if key != "labels"}
+    inputs = prompts["one_image"]
     with torch.no_grad():
         expected = tiny(**inputs).logits
     left = iter(range(step))
@@ -579,7 +569,6 @@ def test_control_c_in_the_middle_of_patch(tiny, golden, monkeypatch, step):
         assert torch.equal(tiny(**inputs).logits, expected)
     monkeypatch.undo()
     llava15_fast.patch(tiny, "torch")
-    COUNTS["Ctrl-C", "equal"] += 1
 
 
 class Interrupt:
@@ -610,9 +599,9 @@ def interrupted_at(line, call):
 
 
 @pytest.mark.parametrize("what", ["unpatch", "patch with other options"])
-def test_control_c_at_any_line_leaves_a_model_that_answers(tiny, golden, what):
+def test_control_c_at_any_line_leaves_a_model_that_answers(tiny, prompts, what):
     """Whole or half undone it answers, and `patch` and `unpatch` go on from there."""
-    inputs = {key: value for key, value in golden["one_image"][0].items() if key != "labels"}
+    inputs = prompts["one_image"]
     with torch.no_grad():
         expected = tiny(**inputs).logits
     handle = llava15_fast.patch(tiny, "torch")
@@ -639,12 +628,11 @@ def test_control_c_at_any_line_leaves_a_model_that_answers(tiny, golden, what):
         interrupted_at(line, change)
         llava15_fast.unpatch(tiny)
         assert not traces(tiny), line
-        COUNTS["Ctrl-C", "equal"] += 1
 
 
 @pytest.mark.parametrize("call", [0, 3, 7])
-def test_control_c_in_the_middle_of_generate(tiny, golden, monkeypatch, call):
-    inputs = {key: value for key, value in golden["one_image"][0].items() if key != "labels"}
+def test_control_c_in_the_middle_of_generate(tiny, prompts, monkeypatch, call):
+    inputs = prompts["one_image"]
     expected = tiny.generate(**inputs, **GREEDY)
     handle = llava15_fast.patch(tiny, "torch")
     left = iter(range(call))
@@ -661,12 +649,11 @@ def test_control_c_in_the_middle_of_generate(tiny, golden, monkeypatch, call):
     assert torch.equal(tiny.generate(**inputs, **GREEDY), expected) and handle.report().rows
     llava15_fast.unpatch(tiny)
     assert torch.equal(tiny.generate(**inputs, **GREEDY), expected) and not traces(tiny)
-    COUNTS["Ctrl-C", "equal"] += 1
 
 
-def test_a_kernel_that_fails_is_an_error_and_no_answer(tiny, golden, monkeypatch):
+def test_a_kernel_that_fails_is_an_error_and_no_answer(tiny, prompts, monkeypatch):
     """Nothing runs on half the kernels: what the compiler says comes out, and the next call, or `unpatch`, is right."""
-    inputs = {key: value for key, value in golden["one_image"][0].items() if key != "labels"}
+    inputs = prompts["one_image"]
     with torch.no_grad():
         expected = tiny(**inputs).logits
         llava15_fast.patch(tiny, "torch")
@@ -688,9 +675,9 @@ def test_a_kernel_that_fails_is_an_error_and_no_answer(tiny, golden, monkeypatch
     [OutOfResources(300_000, 232_448, "shared memory"), PTXASError("ptxas fatal: no such target"), OSError("read-only cache")],
     ids=lambda error: type(error).__name__,
 )
-def test_a_kernel_that_cannot_be_compiled_is_named(tiny, golden, monkeypatch, error):
+def test_a_kernel_that_cannot_be_compiled_is_named(tiny, prompts, monkeypatch, error):
     """With what Triton says, and what to do; the next call is right."""
-    prompt = {key: value for key, value in golden["text"][0].items() if key != "labels"}
+    prompt = prompts["text"]
     expected = tiny.generate(**prompt, **GREEDY)
     llava15_fast.patch(tiny, "triton")
 
@@ -745,20 +732,3 @@ triton.compile(ASTSource(kernel, {"x": "*fp32"}), target=GPUTarget("cuda", 90, 3
     command = [sys.executable, str(tmp_path / "program.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and f"Error: [Errno 20] Not a directory: '{tmp_path}/file/cache" in done.stderr, done.stderr
-
-
-@pytest.fixture(autouse=True)
-def ran(request):
-    RAN.add(request.node.nodeid)
-
-
-def test_the_count(request):
-    """At least 500 inputs, of every kind some; after all tests above (`-s` shows the table)."""
-    kinds = sorted({kind for kind, _ in COUNTS})
-    chosen = {item.nodeid for item in request.session.items if item.path == request.path}
-    if not chosen <= RAN or not {"checkpoint", "RGB", "Ctrl-C"} <= set(kinds):
-        pytest.skip("only some of the tests ran, or in several processes: --dist loadfile")
-    print(f"\n{'inputs':40} equal  refused")
-    for kind in kinds:
-        print(f"{kind:40} {COUNTS[kind, 'equal']:5}  {COUNTS[kind, 'refused']:7}")
-    assert sum(COUNTS.values()) >= 500

@@ -51,14 +51,14 @@ def patch(request, tiny):
 
 
 @pytest.fixture
-def prompts(golden):
+def cut_prompts(golden, prompts):
     """name -> inputs; texts are cut short, for the same reason."""
 
     def cut(case, start, end):
         return {name: golden[case][0][name][:, start:end] for name in ("input_ids", "attention_mask")}
 
     cases = ("one_image", "two_images", "video", "batch_left_pad")
-    images = {case: {name: value for name, value in golden[case][0].items() if name != "labels"} for case in cases}
+    images = {case: prompts[case] for case in cases}
     return {
         **images,
         "text": cut("text", 0, 4),
@@ -351,9 +351,9 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("row", [*SAME_ANSWER, *OTHER_ANSWER])
-def test_generate(tiny, prompts, patch, row):
+def test_generate(tiny, cut_prompts, patch, row):
     prompt, options = {**SAME_ANSWER, **OTHER_ANSWER}[row]
-    inputs = prompts[prompt]
+    inputs = cut_prompts[prompt]
     answer = tiny.generate(**inputs, **PLAIN)[:, inputs["input_ids"].shape[1] :]
     call = Call(tiny, inputs, answer)
     expected = run(call, options)
@@ -373,15 +373,11 @@ def test_generate(tiny, prompts, patch, row):
 # What takes more than one call
 
 
-def prompt_of(golden, case="text"):
-    return {name: value for name, value in golden[case][0].items() if name != "labels"}
-
-
 @pytest.fixture(params=["torch", "triton"])
-def way(request, tiny, golden):
+def way(request, tiny, golden, prompts):
     """A backend, and a prompt for it: about an image, or for the interpreter's sake a few tokens for one layer."""
     if request.param == "torch":
-        return SimpleNamespace(backend="torch", prompt=prompt_of(golden, "one_image"), slow=False)
+        return SimpleNamespace(backend="torch", prompt=prompts["one_image"], slow=False)
     shortened(tiny, 1)
     short = {name: golden["text"][0][name][:, :4] for name in ("input_ids", "attention_mask")}
     return SimpleNamespace(backend="triton", prompt=short, slow=True)
@@ -410,8 +406,8 @@ LOOKUP, SAMPLED = {"prompt_lookup_num_tokens": 2}, {"eos_token_id": SOME, "do_sa
         ("text_batch_left_pad", SAMPLED, "triton"),
     ],
 )
-def test_several_turns_on_the_returned_cache(tiny, golden, case, options, backend):
-    prompt = prompt_of(golden, case)
+def test_several_turns_on_the_returned_cache(tiny, prompts, case, options, backend):
+    prompt = prompts[case]
     if backend == "triton":
         shortened(tiny, 1)
         prompt = {name: value[:, -4:] for name, value in prompt.items()}
@@ -435,9 +431,9 @@ def test_several_turns_on_the_returned_cache(tiny, golden, case, options, backen
         assert not language_model(handle).fallbacks
 
 
-def test_one_prefix_and_several_questions(tiny, golden):
+def test_one_prefix_and_several_questions(tiny, prompts):
     """The usual prefix caching: a deep copy of one filled cache per question, also in inference mode."""
-    prefix = prompt_of(golden, "one_image")
+    prefix = prompts["one_image"]
     questions = torch.randint(5, 490, (3, 4), device=tiny.device)
 
     def ask(model):
@@ -454,14 +450,14 @@ def test_one_prefix_and_several_questions(tiny, golden):
     assert_same(found, expected)
 
 
-def test_a_cache_that_holds_more_than_the_prompt(tiny, golden):
+def test_a_cache_that_holds_more_than_the_prompt(tiny, prompts):
     """Nothing to rely on, but no reason to differ: the mask that transformers makes is shorter than the cache then."""
     other = torch.arange(5, 25, device=tiny.device)[None]
 
     def generate(model):
         with torch.no_grad():
             cache = model(other, past_key_values=DynamicCache()).past_key_values
-        return model.generate(**prompt_of(golden), past_key_values=cache, **PLAIN)
+        return model.generate(**prompts["text"], past_key_values=cache, **PLAIN)
 
     expected, found, _ = both(tiny, generate)
     assert torch.equal(found, expected)
@@ -554,16 +550,16 @@ def test_two_patched_models_side_by_side(tiny, way):
     assert not torch.equal(expected[0][:, -NEW_TOKENS:], expected[1][0][:, -NEW_TOKENS:])
 
 
-def test_two_threads_on_one_model(tiny, golden):
+def test_two_threads_on_one_model(tiny, prompts):
     cases = ["text", "one_image", "batch_left_pad", "video"]
     options = {**PLAIN, "max_new_tokens": 24}
-    expected = [tiny.generate(**prompt_of(golden, case), **options) for case in cases]
+    expected = [tiny.generate(**prompts[case], **options) for case in cases]
     llava15_fast.patch(tiny, "torch")
     found = [[] for _ in cases]
 
     def work(i):
         for _ in range(3):
-            found[i].append(tiny.generate(**prompt_of(golden, cases[i]), **options))
+            found[i].append(tiny.generate(**prompts[cases[i]], **options))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(cases))]
     for thread in threads:
@@ -612,18 +608,18 @@ def test_other_weights_give_the_other_answer(tiny, way, assign):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("first", ["patch", "convert"])
-def test_half_precision_runs(tiny, golden, dtype, first):
+def test_half_precision_runs(tiny, prompts, dtype, first):
     """Which ids are right then is not asked here."""
     if first == "convert":
         tiny.to(dtype)
     llava15_fast.patch(tiny, "torch").model.to(dtype)
-    output = tiny.generate(**prompt_of(golden, "batch_left_pad"), **PLAIN, return_dict_in_generate=True, output_logits=True)
+    output = tiny.generate(**prompts["batch_left_pad"], **PLAIN, return_dict_in_generate=True, output_logits=True)
     assert len(output.logits) == NEW_TOKENS and all(logits.isfinite().all() for logits in output.logits)
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("place", ["logits_processor", "stopping_criteria", "streamer", "hook"])
-def test_the_call_after_an_interrupted_one(tiny, golden, place, error):
+def test_the_call_after_an_interrupted_one(tiny, prompts, place, error):
     calls = iter(range(99))
 
     def third_fails(result):
@@ -637,7 +633,7 @@ def test_the_call_after_an_interrupted_one(tiny, golden, place, error):
         "stopping_criteria": StoppingCriteriaList([lambda input_ids, scores, **kwargs: third_fails(going_on)]),
         "streamer": SimpleNamespace(put=third_fails, end=lambda: None),
     }
-    cache, prompt = DynamicCache(), prompt_of(golden)
+    cache, prompt = DynamicCache(), prompts["text"]
     expected = tiny.generate(**prompt, **PLAIN)
     llava15_fast.patch(tiny, "torch")
     if place == "hook":
@@ -653,12 +649,12 @@ def test_the_call_after_an_interrupted_one(tiny, golden, place, error):
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_every_kind_of_context(tiny, golden, context):
+def test_every_kind_of_context(tiny, prompts, context):
     """`generate` needs no gradient by itself, so the kernels run."""
 
     def generate(model):
         with context():
-            first = model.generate(**prompt_of(golden), **PLAIN, return_dict_in_generate=True)
+            first = model.generate(**prompts["text"], **PLAIN, return_dict_in_generate=True)
         # Out of the context again, on what was made inside.
         ids = torch.cat([first.sequences, first.sequences[:, :2]], dim=1)
         return first.sequences, model.generate(ids, past_key_values=first.past_key_values, **PLAIN)

@@ -15,11 +15,6 @@ pytestmark = pytest.mark.gpu
 OPTIONS = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-@pytest.fixture
-def prompt(golden):
-    return {key: value for key, value in golden["one_image"][0].items() if key != "labels"}
-
-
 def replays(handle, path):
     ran = next(row for row in handle.report().rows if row.path == path).ran
     return sum(count for how, count in ran.items() if "CUDA graph" in how)
@@ -76,9 +71,9 @@ def test_memory_stays_where_it_is(tiny, prompt):
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
 @pytest.mark.parametrize("how", [{"do_sample": False}, {"do_sample": True, "temperature": 0.7, "top_k": 20}])
-def test_an_answer_waits_for_nothing_behind_the_vision_tower(tiny, golden, monkeypatch, cuda_graph, how):
+def test_an_answer_waits_for_nothing_behind_the_vision_tower(tiny, prompts, monkeypatch, cuda_graph, how):
     """To the last token; the grids and the mask with its padding are read before."""
-    prompt = {key: value for key, value in golden["batch_left_pad"][0].items() if key != "labels"}
+    prompt = prompts["batch_left_pad"]
     options = {**OPTIONS, **how}
     llava15_fast.patch(tiny, cuda_graph=cuda_graph)
     for _ in range(3):

@@ -102,14 +102,6 @@ def patched(tiny, monkeypatch):
     return tiny, handle
 
 
-@pytest.fixture
-def prompts(golden):
-    def prompt(case):
-        return {key: value for key, value in golden[case][0].items() if key != "labels"}
-
-    return prompt
-
-
 def replays(handle, path="language_model"):
     ran = next(row for row in handle.report().rows if row.path == path).ran
     return sum(count for how, count in ran.items() if "CUDA graph" in how)
@@ -136,53 +128,53 @@ def eager(model, prompt, **options):
 @pytest.mark.parametrize("case", ["one_image", "batch_left_pad", "text", "video"])
 def test_replayed_steps_give_the_same_ids(patched, prompts, case):
     model, handle = patched
-    ids = model.generate(**prompts(case), max_new_tokens=12, **OPTIONS)
+    ids = model.generate(**prompts[case], max_new_tokens=12, **OPTIONS)
     # The first token is the prompt's, the second step is seen for the first time, the third is captured.
     assert replays(handle) == 10
-    assert torch.equal(ids, eager(model, prompts(case), max_new_tokens=12))
+    assert torch.equal(ids, eager(model, prompts[case], max_new_tokens=12))
 
 
 def test_beams_reorder_the_cache_in_place(patched, prompts):
     model, handle = patched
-    ids = model.generate(**prompts("one_image"), max_new_tokens=8, num_beams=3, **OPTIONS)
+    ids = model.generate(**prompts["one_image"], max_new_tokens=8, num_beams=3, **OPTIONS)
     assert replays(handle) == 6
-    assert torch.equal(ids, eager(model, prompts("one_image"), max_new_tokens=8, num_beams=3))
+    assert torch.equal(ids, eager(model, prompts["one_image"], max_new_tokens=8, num_beams=3))
 
 
 def test_a_second_request_replays_the_first_ones_graph(patched, prompts):
     model, handle = patched
-    first = model.generate(**prompts("one_image"), max_new_tokens=6, **OPTIONS)
+    first = model.generate(**prompts["one_image"], max_new_tokens=6, **OPTIONS)
     gc.collect()
     before = replays(handle)
-    second = model.generate(**prompts("two_images"), max_new_tokens=6, **OPTIONS)
+    second = model.generate(**prompts["two_images"], max_new_tokens=6, **OPTIONS)
     assert replays(handle) == before + 5  # every step but the prompt's
     if not torch.cuda.is_available():
         assert Replayed.captured == 1
-    assert torch.equal(first, eager(model, prompts("one_image"), max_new_tokens=6))
-    assert torch.equal(second, eager(model, prompts("two_images"), max_new_tokens=6))
+    assert torch.equal(first, eager(model, prompts["one_image"], max_new_tokens=6))
+    assert torch.equal(second, eager(model, prompts["two_images"], max_new_tokens=6))
 
 
 def test_a_cache_that_is_still_used_keeps_its_storages(patched, prompts):
     """Two conversations at once: the second must not write into the first one's cache."""
     model, _ = patched
     options = {"max_new_tokens": 5, "return_dict_in_generate": True, **OPTIONS}
-    first = model.generate(**prompts("text"), **options)
+    first = model.generate(**prompts["text"], **options)
     kept = [layer.keys.clone() for layer in first.past_key_values.layers]
-    second = model.generate(**prompts("one_image"), **options)
+    second = model.generate(**prompts["one_image"], **options)
     assert all(torch.equal(layer.keys, keys) for layer, keys in zip(first.past_key_values.layers, kept, strict=True))
     addresses = {layer.keys.data_ptr() for out in (first, second) for layer in out.past_key_values.layers}
     assert len(addresses) == 2 * len(kept)
     continued = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=5, **OPTIONS)
     assert torch.equal(continued, eager(model, {"inputs": first.sequences}, max_new_tokens=5))
-    assert torch.equal(second.sequences, eager(model, prompts("one_image"), max_new_tokens=5))
+    assert torch.equal(second.sequences, eager(model, prompts["one_image"], max_new_tokens=5))
 
 
 def test_outputs_are_the_callers(patched, prompts):
     model, _ = patched
     options = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 7, **OPTIONS}
-    found = model.generate(**prompts("text"), **options).logits
+    found = model.generate(**prompts["text"], **options).logits
     llava15_fast.unpatch(model)
-    expected = model.generate(**prompts("text"), **options).logits
+    expected = model.generate(**prompts["text"], **options).logits
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
@@ -191,7 +183,7 @@ def test_hidden_states_of_one_step_survive_the_next(patched, prompts):
     model, _ = patched
     text = model.model.language_model
     with torch.no_grad():
-        cache = text(input_ids=prompts("text")["input_ids"], use_cache=True).past_key_values
+        cache = text(input_ids=prompts["text"]["input_ids"], use_cache=True).past_key_values
         steps = [torch.tensor([[token]], device=model.device) for token in (5, 6, 7, 8)]
         outputs = [text(input_ids=step, past_key_values=cache).last_hidden_state for step in steps]
         copies = [output.clone() for output in outputs[:-1]]
@@ -201,21 +193,21 @@ def test_hidden_states_of_one_step_survive_the_next(patched, prompts):
 
 def test_new_weights_are_captured_anew(patched, prompts):
     model, _ = patched
-    model.generate(**prompts("text"), max_new_tokens=6, **OPTIONS)
+    model.generate(**prompts["text"], max_new_tokens=6, **OPTIONS)
     state = {name: value * 1.3 for name, value in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
-    ids = model.generate(**prompts("text"), max_new_tokens=6, **OPTIONS)
-    assert torch.equal(ids, eager(model, prompts("text"), max_new_tokens=6))
+    ids = model.generate(**prompts["text"], max_new_tokens=6, **OPTIONS)
+    assert torch.equal(ids, eager(model, prompts["text"], max_new_tokens=6))
 
 
 def test_weights_changed_in_place_are_used_by_the_graph(patched, prompts):
     model, _ = patched
-    model.generate(**prompts("text"), max_new_tokens=6, **OPTIONS)
+    model.generate(**prompts["text"], max_new_tokens=6, **OPTIONS)
     model.load_state_dict({name: value * 1.3 for name, value in model.state_dict().items()})
-    ids = model.generate(**prompts("text"), max_new_tokens=6, **OPTIONS)
+    ids = model.generate(**prompts["text"], max_new_tokens=6, **OPTIONS)
     if not torch.cuda.is_available():
         assert Replayed.captured == 1
-    assert torch.equal(ids, eager(model, prompts("text"), max_new_tokens=6))
+    assert torch.equal(ids, eager(model, prompts["text"], max_new_tokens=6))
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -239,24 +231,24 @@ def test_weights_that_move_while_a_step_is_captured(patched, prompts, monkeypatc
         return output
 
     monkeypatch.setattr(graphs_module.CapturedStep, "capture", capturing)
-    ids = model.generate(**prompts("text"), max_new_tokens=6, **OPTIONS)
+    ids = model.generate(**prompts["text"], max_new_tokens=6, **OPTIONS)
     assert replays(handle) == 0
     monkeypatch.setattr(graphs_module.CapturedStep, "capture", capture)
-    again = model.generate(**prompts("text"), max_new_tokens=6, **OPTIONS)
+    again = model.generate(**prompts["text"], max_new_tokens=6, **OPTIONS)
     assert replays(handle) > 0
-    expected = eager(model, prompts("text"), max_new_tokens=6)
+    expected = eager(model, prompts["text"], max_new_tokens=6)
     assert torch.equal(ids, expected) and torch.equal(again, expected)
 
 
 def test_a_weight_of_another_shape_at_the_same_address(patched, prompts):
     """Structured pruning."""
     model, _ = patched
-    model.generate(**prompts("text"), max_new_tokens=6, **OPTIONS)
+    model.generate(**prompts["text"], max_new_tokens=6, **OPTIONS)
     mlp = model.model.language_model.layers[1].mlp
     for linear, part in ((mlp.gate_proj, slice(48)), (mlp.up_proj, slice(48)), (mlp.down_proj, (slice(None), slice(48)))):
         linear.weight.data = linear.weight.data[part]
-    ids = model.generate(**prompts("text"), max_new_tokens=6, **OPTIONS)
-    assert torch.equal(ids, eager(model, prompts("text"), max_new_tokens=6))
+    ids = model.generate(**prompts["text"], max_new_tokens=6, **OPTIONS)
+    assert torch.equal(ids, eager(model, prompts["text"], max_new_tokens=6))
 
 
 @pytest.mark.parametrize(
@@ -277,7 +269,7 @@ def test_numbers_that_a_graph_has_fixed(patched, prompts, change):
 
     def logits():
         options = {"max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True, **OPTIONS}
-        return torch.stack(model.generate(**prompts("one_image"), **options).logits)
+        return torch.stack(model.generate(**prompts["one_image"], **options).logits)
 
     for _ in range(3):
         before = logits()
@@ -290,20 +282,20 @@ def test_numbers_that_a_graph_has_fixed(patched, prompts, change):
 
 def test_a_kept_layer_of_a_cache_that_is_gone_stays_as_it_is(patched, prompts):
     model, _ = patched
-    out = model.generate(**prompts("text"), max_new_tokens=6, return_dict_in_generate=True, **OPTIONS)
+    out = model.generate(**prompts["text"], max_new_tokens=6, return_dict_in_generate=True, **OPTIONS)
     layer = out.past_key_values.layers[-1]
     kept = [side.clone() for side in lent(layer)]
     del out
     gc.collect()
     for _ in range(2):
-        model.generate(**prompts("two_images"), max_new_tokens=6, **OPTIONS)
+        model.generate(**prompts["two_images"], max_new_tokens=6, **OPTIONS)
     assert all(map(torch.equal, lent(layer), kept))
 
 
 def test_lent_storages_are_empty(patched, prompts):
     """What padding leaves unwritten is read, with a weight of 0, where transformers' own attention runs on them."""
     model, _ = patched
-    model.generate(**prompts("batch_left_pad"), max_new_tokens=6, **OPTIONS)
+    model.generate(**prompts["batch_left_pad"], max_new_tokens=6, **OPTIONS)
     gc.collect()
     (buffers,) = runtime_of(model).pool.idle
     for pair in buffers.layers:
@@ -311,20 +303,20 @@ def test_lent_storages_are_empty(patched, prompts):
             side.fill_(float("nan"))
     details = {"max_new_tokens": 3, "output_hidden_states": True, "return_dict_in_generate": True, **OPTIONS}
     with torch.no_grad():
-        cache = model(**prompts("batch_left_pad"), use_cache=True, logits_to_keep=1).past_key_values
-    found = model.generate(**prompts("batch_left_pad"), **details).sequences
+        cache = model(**prompts["batch_left_pad"], use_cache=True, logits_to_keep=1).past_key_values
+    found = model.generate(**prompts["batch_left_pad"], **details).sequences
     assert cache.layers[0]._loan.buffers is buffers
     assert all(side.isfinite().all() for layer in cache.layers for side in lent(layer))
-    assert torch.equal(found, eager(model, prompts("batch_left_pad"), max_new_tokens=3))
+    assert torch.equal(found, eager(model, prompts["batch_left_pad"], max_new_tokens=3))
 
 
 def test_fewer_layers_than_the_last_request_had(patched, prompts):
     model, _ = patched
-    model.generate(**prompts("text"), max_new_tokens=6, **OPTIONS)
+    model.generate(**prompts["text"], max_new_tokens=6, **OPTIONS)
     gc.collect()
     model.config.text_config.num_hidden_layers = model.model.language_model.config.num_hidden_layers = 2
-    ids = model.generate(**prompts("text"), max_new_tokens=6, **OPTIONS)
-    assert torch.equal(ids, eager(model, prompts("text"), max_new_tokens=6))
+    ids = model.generate(**prompts["text"], max_new_tokens=6, **OPTIONS)
+    assert torch.equal(ids, eager(model, prompts["text"], max_new_tokens=6))
 
 
 def test_threads_share_the_graphs(patched, prompts):
@@ -332,7 +324,7 @@ def test_threads_share_the_graphs(patched, prompts):
     cases, found = ["text", "one_image", "two_images", "video"], {}
 
     def work(case):
-        found[case] = [model.generate(**prompts(case), max_new_tokens=8, **OPTIONS) for _ in range(4)]
+        found[case] = [model.generate(**prompts[case], max_new_tokens=8, **OPTIONS) for _ in range(4)]
 
     threads = [threading.Thread(target=work, args=(case,)) for case in cases]
     for thread in threads:
@@ -340,7 +332,7 @@ def test_threads_share_the_graphs(patched, prompts):
     for thread in threads:
         thread.join()
     for case in cases:
-        expected = eager(model, prompts(case), max_new_tokens=8)
+        expected = eager(model, prompts[case], max_new_tokens=8)
         assert len(found[case]) == 4 and all(torch.equal(ids, expected) for ids in found[case])
 
 
@@ -359,7 +351,7 @@ def test_a_step_runs_once_before_it_is_captured(patched, prompts, monkeypatch):
 
     monkeypatch.setattr(graphs_module.CapturedStep, "capture", capturing)
     monkeypatch.setattr(text, "run_layers", running)
-    model.generate(**prompts("text"), max_new_tokens=4, **OPTIONS)
+    model.generate(**prompts["text"], max_new_tokens=4, **OPTIONS)
     place = seen.index("capture")
     assert seen[place - 1] == seen[place + 1] and "capture" not in seen[place + 1 :]
 
@@ -368,15 +360,15 @@ def test_a_growing_cache_is_captured_anew(patched, prompts, monkeypatch):
     monkeypatch.setattr("llava15_fast.fast.limits.KV_BLOCK", 8)
     monkeypatch.setattr("llava15_fast.fast.limits.KV_HEADROOM", 0)
     model, handle = patched
-    ids = model.generate(**prompts("text"), max_new_tokens=30, **OPTIONS)
+    ids = model.generate(**prompts["text"], max_new_tokens=30, **OPTIONS)
     assert replays(handle) > 20
     assert len(captured(runtime_of(model))) == 1  # nobody comes back to a storage that was left
-    assert torch.equal(ids, eager(model, prompts("text"), max_new_tokens=30))
+    assert torch.equal(ids, eager(model, prompts["text"], max_new_tokens=30))
 
 
 def test_the_number_of_graphs_is_bounded(patched, prompts):
     model, _ = patched
-    text = prompts("text")["input_ids"]
+    text = prompts["text"]["input_ids"]
     for batch in (1, 2, 3, 4):
         ids = model.generate(text.expand(batch, -1), max_new_tokens=5, **OPTIONS)
         assert (ids == ids[0]).all()
@@ -390,14 +382,14 @@ def test_a_projection_of_another_kind_is_not_captured(patched, prompts):
     model.model.language_model.layers[0].self_attn.o_proj = torch.nn.Sequential(
         model.model.language_model.layers[0].self_attn.o_proj
     )
-    model.generate(**prompts("text"), max_new_tokens=5, **OPTIONS)
+    model.generate(**prompts["text"], max_new_tokens=5, **OPTIONS)
     assert replays(handle) == 0
 
 
 def test_graphs_can_be_switched_off(patched, prompts):
     model, _ = patched
     handle = llava15_fast.patch(model, "torch", cuda_graph=False)
-    model.generate(**prompts("text"), max_new_tokens=5, **OPTIONS)
+    model.generate(**prompts["text"], max_new_tokens=5, **OPTIONS)
     assert replays(handle) == 0 and not runtime_of(model).cuda_graph and not captured(runtime_of(model))
     with llava15_fast.patched(model, "torch"):
         assert runtime_of(model).cuda_graph
@@ -406,7 +398,7 @@ def test_graphs_can_be_switched_off(patched, prompts):
 
 def test_unpatch_frees_them(patched, prompts):
     model, _ = patched
-    model.generate(**prompts("text"), max_new_tokens=5, **OPTIONS)
+    model.generate(**prompts["text"], max_new_tokens=5, **OPTIONS)
     runtime = runtime_of(model)
     assert captured(runtime) and runtime.pool.idle
     llava15_fast.unpatch(model)
@@ -416,13 +408,13 @@ def test_unpatch_frees_them(patched, prompts):
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
 def test_a_copy_captures_its_own(patched, prompts, clone):
     model, _ = patched
-    expected = model.generate(**prompts("text"), max_new_tokens=5, **OPTIONS)
+    expected = model.generate(**prompts["text"], max_new_tokens=5, **OPTIONS)
     twin = clone(model)
     assert captured(runtime_of(model)) and not captured(runtime_of(twin))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert torch.equal(twin.generate(**prompts("text"), max_new_tokens=5, **OPTIONS), expected)
+    assert torch.equal(twin.generate(**prompts["text"], max_new_tokens=5, **OPTIONS), expected)
 
 
 @pytest.mark.parametrize(
@@ -437,11 +429,11 @@ def test_after_a_capture_that_failed_nothing_is_captured_again(patched, prompts,
 
     model, handle = patched
     monkeypatch.setattr(graphs_module.CapturedStep, "capture", fail)
-    ids = [model.generate(**prompts(case), max_new_tokens=6, **OPTIONS) for case in ("text", "two_images", "two_images")]
+    ids = [model.generate(**prompts[case], max_new_tokens=6, **OPTIONS) for case in ("text", "two_images", "two_images")]
     assert replays(handle) == replays(handle, "visual.encode") == 0 and len(tried) == 1
     assert f"could not be captured ({error})" in caplog.text
     for case, found in zip(("text", "two_images", "two_images"), ids, strict=True):
-        assert torch.equal(found, eager(model, prompts(case), max_new_tokens=6))
+        assert torch.equal(found, eager(model, prompts[case], max_new_tokens=6))
 
 
 @pytest.fixture
@@ -505,7 +497,7 @@ def test_a_capture_says_what_went_wrong(cuda):
 def test_graphs_are_given_up_where_memory_runs_out(patched, prompts, monkeypatch, caplog):
     """A prompt that does not fit beside them is answered, and eager's answer."""
     model, _ = patched
-    model.generate(**prompts("text"), max_new_tokens=5, **OPTIONS)
+    model.generate(**prompts["text"], max_new_tokens=5, **OPTIONS)
     runtime, run = runtime_of(model), text.run_layers
     assert captured(runtime)
 
@@ -515,9 +507,9 @@ def test_graphs_are_given_up_where_memory_runs_out(patched, prompts, monkeypatch
         return run(*args)
 
     monkeypatch.setattr(text, "run_layers", full_while_held)
-    ids = model.generate(**prompts("two_images"), max_new_tokens=1, **OPTIONS)
+    ids = model.generate(**prompts["two_images"], max_new_tokens=1, **OPTIONS)
     assert "given up" in caplog.text
-    assert torch.equal(ids, eager(model, prompts("two_images"), max_new_tokens=1))
+    assert torch.equal(ids, eager(model, prompts["two_images"], max_new_tokens=1))
 
 
 def test_a_pool_is_not_used_again_after_its_last_graph(patched, prompts, monkeypatch):
@@ -536,7 +528,7 @@ def test_a_pool_is_not_used_again_after_its_last_graph(patched, prompts, monkeyp
 
 def test_storages_of_requests_that_are_over_make_room_for_a_new_one(patched, prompts, monkeypatch):
     model, _ = patched
-    model.generate(**prompts("text"), max_new_tokens=5, **OPTIONS)
+    model.generate(**prompts["text"], max_new_tokens=5, **OPTIONS)
     gc.collect()
     (buffers,), zeros, failed = runtime_of(model).pool.idle, kv_cache._zeros, []
     held = StorageWeakRef(buffers.layers[0][0].untyped_storage())
@@ -549,7 +541,7 @@ def test_storages_of_requests_that_are_over_make_room_for_a_new_one(patched, pro
         return zeros(like, capacity)
 
     monkeypatch.setattr(kv_cache, "_zeros", fail_while_held)
-    batch = prompts("text")["input_ids"].expand(2, -1)
+    batch = prompts["text"]["input_ids"].expand(2, -1)
     ids = model.generate(batch, max_new_tokens=5, **OPTIONS)
     assert failed and torch.equal(ids, eager(model, {"inputs": batch}, max_new_tokens=5))
 
@@ -568,7 +560,7 @@ def test_a_cache_that_moves_does_not_hold_its_old_storages(patched, prompts, mon
         return pair
 
     monkeypatch.setattr(kv_cache, "_zeros", count)
-    model.generate(**prompts("text"), max_new_tokens=20, **OPTIONS)
+    model.generate(**prompts["text"], max_new_tokens=20, **OPTIONS)
     layers = len(text.layers)
     assert len(seen) > 2 * layers and max(seen) <= layers  # never all old and all new ones
 
@@ -577,10 +569,10 @@ def test_inference_mode_and_no_grad_share_a_graph(patched, prompts):
     """Buffers made in inference mode could not be written to outside of it."""
     model, _ = patched
     with torch.inference_mode():
-        model.generate(**prompts("text"), max_new_tokens=5, **OPTIONS)
+        model.generate(**prompts["text"], max_new_tokens=5, **OPTIONS)
     gc.collect()
-    ids = model.generate(**prompts("text"), max_new_tokens=5, **OPTIONS)
-    assert torch.equal(ids, eager(model, prompts("text"), max_new_tokens=5))
+    ids = model.generate(**prompts["text"], max_new_tokens=5, **OPTIONS)
+    assert torch.equal(ids, eager(model, prompts["text"], max_new_tokens=5))
 
 
 # The vision tower
@@ -594,7 +586,7 @@ def features(model, prompt):
 @pytest.mark.parametrize("case", ["one_image", "two_images"])
 def test_images_of_a_size_that_comes_again(patched, prompts, case):
     model, handle = patched
-    prompt = prompts(case)
+    prompt = prompts[case]
     found = [features(model, prompt) for _ in range(4)]
     assert replays(handle, "visual.encode") == 3
     other = {**prompt, "pixel_values": prompt["pixel_values"].flip(0)}
@@ -622,7 +614,7 @@ def test_one_graph_serves_all_grids_of_the_same_lengths(patched, prompts):
 
 def test_large_images_and_changed_weights_run_without_the_old_graph(patched, prompts, monkeypatch):
     model, handle = patched
-    prompt = prompts("one_image")
+    prompt = prompts["one_image"]
     for _ in range(3):
         features(model, prompt)
     model.load_state_dict({name: value * 1.1 for name, value in model.state_dict().items()}, assign=True)
@@ -653,10 +645,10 @@ def test_mixed_sizes_do_not_push_each_other_out(patched):
 def test_cropping_does_not_cost_the_graph_its_storages(patched, prompts):
     """The loop crops what came after the end; the next request still replays."""
     model, handle = patched
-    out = model.generate(**prompts("text"), max_new_tokens=6, return_dict_in_generate=True, **OPTIONS)
+    out = model.generate(**prompts["text"], max_new_tokens=6, return_dict_in_generate=True, **OPTIONS)
     out.past_key_values.crop(-2)
     del out
     gc.collect()
     before = replays(handle)
-    model.generate(**prompts("text"), max_new_tokens=6, **OPTIONS)
+    model.generate(**prompts["text"], max_new_tokens=6, **OPTIONS)
     assert replays(handle) == before + 5

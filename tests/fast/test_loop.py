@@ -33,10 +33,6 @@ def late(monkeypatch):
         monkeypatch.setattr(generation, "_StopWatch", Late)
 
 
-def prompt_of(golden, case):
-    return {key: value for key, value in golden[case][0].items() if key != "labels"}
-
-
 def both(model, prompt, **options):
     torch.manual_seed(7)
     expected = model.generate(**prompt, **options)
@@ -50,8 +46,8 @@ def both(model, prompt, **options):
 
 @pytest.mark.parametrize("case", ["one_image", "batch_left_pad"])
 @pytest.mark.parametrize("position", [0, 1, 4, 9])
-def test_tokens_after_the_end_are_dropped(tiny, golden, late, case, position):
-    prompt = prompt_of(golden, case)
+def test_tokens_after_the_end_are_dropped(tiny, prompts, late, case, position):
+    prompt = prompts[case]
     free = tiny.generate(**prompt, max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
     # Each sequence ends at a token of its own; the last one decides.
     ends = free[:, prompt["input_ids"].shape[1] + position].unique().tolist()
@@ -68,8 +64,8 @@ def test_tokens_after_the_end_are_dropped(tiny, golden, late, case, position):
     assert found.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
 
 
-def test_the_returned_cache_continues(tiny, golden, late):
-    prompt = prompt_of(golden, "text")
+def test_the_returned_cache_continues(tiny, prompts, late):
+    prompt = prompts["text"]
     free = tiny.generate(**prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
     expected, found, _ = both(tiny, prompt, eos_token_id=int(free[0, -2]), **options)
@@ -80,8 +76,8 @@ def test_the_returned_cache_continues(tiny, golden, late):
     assert torch.equal(tiny.generate(following, past_key_values=found.past_key_values, **more), wanted)
 
 
-def test_a_late_end_never_passes_the_maximum(tiny, golden, late):
-    prompt = prompt_of(golden, "text")
+def test_a_late_end_never_passes_the_maximum(tiny, prompts, late):
+    prompt = prompts["text"]
     expected, found, _ = both(tiny, prompt, max_new_tokens=3, do_sample=False, eos_token_id=499, pad_token_id=0)
     assert torch.equal(found, expected)
 
@@ -104,12 +100,12 @@ def test_the_device_is_asked_for_every_second_token_and_answers_later():
     assert len(answered) == len(asked) - 1 and all(now - of >= limits.EOS_POLL for now, of in answered)
 
 
-def test_the_mask_is_read_once(tiny, golden, monkeypatch):
+def test_the_mask_is_read_once(tiny, prompts, monkeypatch):
     """Before the first step; from then on the host knows where the padding ends."""
     looked = []
     read = Padding.read
     monkeypatch.setattr(Padding, "read", lambda mask: looked.append(mask.shape[1]) or read(mask))
-    prompt = prompt_of(golden, "batch_left_pad")
+    prompt = prompts["batch_left_pad"]
     expected, found, _ = both(tiny, prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(found, expected) and looked == [prompt["input_ids"].shape[1]]
 
@@ -134,7 +130,7 @@ def test_what_is_no_probability_is_not_drawn_from(broken):
 
 
 @pytest.mark.parametrize("case", ["one_image", "batch_left_pad", "two_images"])
-def test_nothing_is_read_once_the_vision_tower_runs(tiny, golden, monkeypatch, case):
+def test_nothing_is_read_once_the_vision_tower_runs(tiny, prompts, monkeypatch, case):
     """A value read from the device behind the tower makes the host wait for all of it, before the first layer is launched."""
     state, reads = {"running": False}, []
     run_blocks, next_inputs = llava15_fast.fast.vision.run_blocks, generation.Inputs.next
@@ -162,7 +158,7 @@ def test_nothing_is_read_once_the_vision_tower_runs(tiny, golden, monkeypatch, c
     monkeypatch.setattr(llava15_fast.fast.vision, "run_blocks", begin)
     monkeypatch.setattr(generation.Inputs, "next", end)
     llava15_fast.patch(tiny, "triton")
-    tiny.generate(**prompt_of(golden, case), max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+    tiny.generate(**prompts[case], max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert not reads, "\n".join(reads[0][2])
 
 
@@ -171,7 +167,7 @@ def only_on_a_cpu():
     return any("/triton/" in frame.filename or frame.name == "check_bounds" for frame in traceback.extract_stack())
 
 
-def test_a_hook_on_the_model_is_given_a_mask(tiny, golden):
+def test_a_hook_on_the_model_is_given_a_mask(tiny, prompts):
     """Someone who listens gets what transformers passes, not our short form of it."""
     masks = []
 
@@ -179,25 +175,25 @@ def test_a_hook_on_the_model_is_given_a_mask(tiny, golden):
         masks.append(kwargs["attention_mask"])
 
     tiny.model.register_forward_pre_hook(hear, with_kwargs=True)
-    prompt = prompt_of(golden, "batch_left_pad")
+    prompt = prompts["batch_left_pad"]
     expected, found, _ = both(tiny, prompt, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(found, expected)
     half = len(masks) // 2
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(masks[half:], masks[:half], strict=True))
 
 
-def test_a_layer_that_is_heard_still_gets_a_mask(tiny, golden):
+def test_a_layer_that_is_heard_still_gets_a_mask(tiny, prompts):
     """The slower way under our loop: the short form becomes a mask again."""
     tiny.model.language_model.layers[0].register_forward_hook(lambda *_: None)
-    prompt = prompt_of(golden, "batch_left_pad")
+    prompt = prompts["batch_left_pad"]
     expected, found, rows = both(tiny, prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(found, expected) and rows["language_model"].fallbacks and rows["generate"].ran
 
 
 @pytest.mark.parametrize("case", ["one_image", "batch_left_pad", "batch_right_pad"])
-def test_another_default_device(tiny, golden, case):
+def test_another_default_device(tiny, prompts, case):
     """What belongs on the host is made there, wherever tensors are made by default."""
-    prompt = prompt_of(golden, case)
+    prompt = prompts[case]
     llava15_fast.patch(tiny, "torch")
     with torch.no_grad():
         expected = tiny(**prompt).logits
@@ -207,9 +203,9 @@ def test_another_default_device(tiny, golden, case):
 
 
 @pytest.mark.parametrize("case", ["one_image", "text"])
-def test_a_patched_assistant_goes_on_where_it_stopped(tiny, golden, case):
+def test_a_patched_assistant_goes_on_where_it_stopped(tiny, prompts, case):
     """It is given the image once; and asked for more than one token at a time, whatever it is sure of."""
-    prompt = prompt_of(golden, case)
+    prompt = prompts[case]
     weak = copy.deepcopy(tiny)
     weak.generation_config.assistant_confidence_threshold = 0
     with torch.no_grad():

@@ -18,11 +18,6 @@ from llava15_fast.patching.targets import TARGETS
 OPTIONS = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-@pytest.fixture
-def prompt(golden):
-    return {key: value for key, value in golden["one_image"][0].items() if key != "labels"}
-
-
 def outputs(model, prompt):
     with torch.no_grad():
         logits = model(**prompt).logits
@@ -337,9 +332,9 @@ def test_transforms_of_torch_func(tiny, golden, backend):
 
 
 @pytest.mark.parametrize("owner", ["model", "inner"])
-def test_a_forward_of_the_model_that_the_user_wrapped(tiny, golden, owner):
+def test_a_forward_of_the_model_that_the_user_wrapped(tiny, prompts, owner):
     """It may look at the mask, which has to be a tensor then."""
-    prompt = {key: value for key, value in golden["text_batch_left_pad"][0].items() if key != "labels"}
+    prompt = prompts["text_batch_left_pad"]
     module = tiny if owner == "model" else tiny.model
     shapes, forward = [], module.forward
 
@@ -357,9 +352,9 @@ def test_a_forward_of_the_model_that_the_user_wrapped(tiny, golden, owner):
 
 
 @pytest.mark.parametrize("name", ["prepare_inputs_for_generation", "_update_model_kwargs_for_generation"])
-def test_a_preparation_of_the_users_own(tiny, golden, name):
+def test_a_preparation_of_the_users_own(tiny, prompts, name):
     """Called for every token, and obeyed."""
-    prompt = {key: value for key, value in golden["text_batch_left_pad"][0].items() if key != "labels"}
+    prompt = prompts["text_batch_left_pad"]
     calls, method = [], getattr(tiny, name)
 
     def own(*args, **kwargs):
@@ -374,8 +369,8 @@ def test_a_preparation_of_the_users_own(tiny, golden, name):
     assert fallbacks(handle) == {"generate"}
 
 
-def test_a_text_model_that_is_not_patched(tiny, golden):
-    prompt = {key: value for key, value in golden["text_batch_left_pad"][0].items() if key != "labels"}
+def test_a_text_model_that_is_not_patched(tiny, prompts):
+    prompt = prompts["text_batch_left_pad"]
     expected = tiny.generate(**prompt, **OPTIONS)
     other = copy.deepcopy(tiny.model.language_model)
     llava15_fast.patch(tiny, "torch")

@@ -36,15 +36,13 @@ def cast(inputs, dtype):
     return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
 
 
-def prompt_of(golden, case):
-    inputs = {key: value for key, value in golden[case][0].items() if key != "labels"}
-    inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
-    return inputs
+def with_mask(inputs):
+    return {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
 
 
 @pytest.mark.parametrize(("case", "backend", "dtype"), WAYS, ids=str)
-def test_tokens_differ_only_where_eager_is_not_sure(tiny, golden, case, backend, dtype):
-    inputs = prompt_of(golden, case)
+def test_tokens_differ_only_where_eager_is_not_sure(tiny, prompts, case, backend, dtype):
+    inputs = with_mask(prompts[case])
     half = cast(inputs, dtype)
     reference = type(tiny).from_pretrained("tests/golden/tiny_hub").eval().to(tiny.device)
     tiny.to(dtype)
@@ -64,9 +62,9 @@ def test_tokens_differ_only_where_eager_is_not_sure(tiny, golden, case, backend,
     assert (ours - exact).abs().max() <= 2 * (eager - exact).abs().max() + rounding
 
 
-def test_the_rule_sees_a_wrong_model(tiny, golden):
+def test_the_rule_sees_a_wrong_model(tiny, prompts):
     """One layer's attention scaled by a fifth is more than 16-bit noise."""
-    inputs, ids = prompt_of(golden, "text"), torch.arange(5, 5 + STEPS, device=tiny.device)[None]
+    inputs, ids = with_mask(prompts["text"]), torch.arange(5, 5 + STEPS, device=tiny.device)[None]
     exact = forced(tiny, inputs, ids)
     tiny.half()
     eager = forced(tiny, inputs, ids)

@@ -26,8 +26,8 @@ class Products(TorchDispatchMode):
 
 
 @pytest.fixture
-def prompt(golden):
-    return {key: value for key, value in golden["text_batch_left_pad"][0].items() if key != "labels"}
+def prompt(prompts):
+    return prompts["text_batch_left_pad"]
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -38,11 +38,6 @@ def tiny(loaded, device):
 
 
 @pytest.fixture
-def prompt(golden):
-    return {name: value for name, value in golden["one_image"][0].items() if name != "labels"}
-
-
-@pytest.fixture
 def pair(tiny, request):
     """An unpatched model and a patched one, with one kind of attention."""
     tiny.set_attn_implementation(getattr(request, "param", "sdpa"))

@@ -16,8 +16,8 @@ CASES = ["text", "one_image", "text_batch_left_pad"]
 
 
 @pytest.fixture
-def prompts(golden):
-    return [{name: value for name, value in golden[case][0].items() if name != "labels"} for case in CASES]
+def prompts(prompts):
+    return [prompts[case] for case in CASES]
 
 
 def put_elsewhere(model):

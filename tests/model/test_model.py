@@ -144,8 +144,8 @@ def towers(model, inputs):
 
 @pytest.mark.parametrize("mode", [None, "torch"])
 @pytest.mark.parametrize("case", ["two_images", "video", "batch_left_pad"])
-def test_what_the_tower_made_stands_for_pixels(tiny, golden, case, mode):
-    inputs = {name: value for name, value in golden[case][0].items() if name != "labels"}
+def test_what_the_tower_made_stands_for_pixels(tiny, golden, case, mode, prompts):
+    inputs = prompts[case]
     if mode is not None:
         llava15_fast.patch(tiny, mode)
     outputs, rest = towers(tiny, inputs)
@@ -171,8 +171,8 @@ def test_what_the_tower_made_stands_for_pixels(tiny, golden, case, mode):
 @pytest.mark.parametrize("mode", [None, "torch"])
 @pytest.mark.parametrize("chunk", [1, 5, 8])
 @pytest.mark.parametrize("case", ["two_images", "video", "batch_left_pad"])
-def test_a_prompt_with_images_comes_in_chunks(tiny, golden, case, chunk, mode):
-    inputs = {name: value for name, value in golden[case][0].items() if name != "labels"}
+def test_a_prompt_with_images_comes_in_chunks(tiny, prompts, case, chunk, mode):
+    inputs = prompts[case]
     if mode is not None:
         llava15_fast.patch(tiny, mode)
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -186,12 +186,11 @@ def test_a_prompt_with_images_comes_in_chunks(tiny, golden, case, chunk, mode):
         assert torch.equal(tiny.generate(**inputs, **options, **beams, prefill_chunk_size=chunk), expected)
 
 
-def test_beams_encode_an_image_once(tiny, golden, monkeypatch):
-    inputs, seen, forward = golden["two_images"][0], [], tiny.model.visual.forward
+def test_beams_encode_an_image_once(tiny, prompts, monkeypatch):
+    inputs, seen, forward = prompts["two_images"], [], tiny.model.visual.forward
     monkeypatch.setattr(
         tiny.model.visual, "forward", lambda pixels, *a, **k: seen.append(len(pixels)) or forward(pixels, *a, **k)
     )
-    inputs = {name: value for name, value in inputs.items() if name != "labels"}
     tiny.generate(**inputs, max_new_tokens=2, num_beams=3, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert seen == [len(inputs["pixel_values"])]
 
@@ -205,13 +204,12 @@ def test_beams_encode_an_image_once(tiny, golden, monkeypatch):
         if case != "batch_right_pad" and not (mode == "triton" and case.endswith("alone"))  # these are rows of the batches
     ],
 )
-def test_greedy_ids_are_the_originals(tiny, golden, case, mode):
+def test_greedy_ids_are_the_originals(tiny, golden, prompts, case, mode):
     if mode is not None:
         llava15_fast.patch(tiny, mode)
     # The interpreter is slow, and one decode step as the next.
     tokens = 12 if mode != "triton" else 4
-    inputs, expected, _ = golden[case]
-    inputs = {key: value for key, value in inputs.items() if key != "labels"}
+    inputs, expected = prompts[case], golden[case][1]
     output = tiny.generate(**inputs, max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(output[:, inputs["input_ids"].shape[1] :], expected["greedy_ids"][:, :tokens])
 
@@ -357,10 +355,9 @@ def test_live_names_are_the_originals(tiny):
         ("one_image", "triton"),  # the pixels are repeated before any kernel runs: it arrives there
     ],
 )
-def test_images_are_repeated_as_a_whole(tiny, golden, case, mode):
+def test_images_are_repeated_as_a_whole(tiny, golden, prompts, case, mode):
     """Several answers to a prompt that each take the best token are the greedy answer, several times."""
-    inputs, expected, _ = golden[case]
-    inputs = {key: value for key, value in inputs.items() if key != "labels"}
+    inputs, expected = prompts[case], golden[case][1]
     if mode is not None:
         llava15_fast.patch(tiny, mode)
     options = {"max_new_tokens": 12 if mode != "triton" else 2, "eos_token_id": None, "pad_token_id": 0}
@@ -370,10 +367,9 @@ def test_images_are_repeated_as_a_whole(tiny, golden, case, mode):
     assert torch.equal(output[:, inputs["input_ids"].shape[1] :], wanted)
 
 
-def test_beams_see_the_image(tiny, golden):
+def test_beams_see_the_image(tiny, prompts):
     """A beam's score is the log-probability of its tokens about the real image."""
-    inputs, _, _ = golden["two_images"]
-    inputs = {key: value for key, value in inputs.items() if key != "labels"}
+    inputs = prompts["two_images"]
     output = tiny.generate(
         **inputs, max_new_tokens=5, num_beams=3, do_sample=False, eos_token_id=None, pad_token_id=0,
         return_dict_in_generate=True, output_scores=True, length_penalty=0.0,

@@ -34,6 +34,11 @@ def inputs(golden):
     return golden["two_images"][0]
 
 
+@pytest.fixture
+def prompt(prompts):
+    return prompts["two_images"]
+
+
 def logits(model, inputs):
     with torch.no_grad():
         return model(**inputs).logits
@@ -158,10 +163,9 @@ def test_gradient_of_the_class_angles_alone(tiny, inputs):
     assert tiny.model.visual.class_pos_emb.grad.norm() > 0
 
 
-def test_report_counts_calls(tiny, inputs):
+def test_report_counts_calls(tiny, prompt):
     handle = llava15_fast.patch(tiny, "torch")
     assert "not called yet" in str(handle.report())
-    prompt = {key: value for key, value in inputs.items() if key != "labels"}
     tiny.generate(**prompt, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
     rows = {row.path: row for row in handle.report().rows}
     assert rows["visual.encode"].ran == {"torch": 1} and rows["language_model"].ran == {"torch": 3}
@@ -232,9 +236,9 @@ POSITIONS = {
 @pytest.mark.parametrize("where", ["q_proj", "up_proj", "o_proj", "down_proj"])
 @pytest.mark.parametrize("what", POSITIONS)
 @pytest.mark.parametrize("case", ["one_image", "text_batch_left_pad"])
-def test_hooks_see_what_they_see_in_transformers(tiny, golden, case, what, where):
+def test_hooks_see_what_they_see_in_transformers(tiny, prompts, case, what, where):
     """Batch and positions, padding included: a hook may do anything with them."""
-    prompt = {name: value for name, value in golden[case][0].items() if name != "labels"}
+    prompt = prompts[case]
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     layer = tiny.model.language_model.layers[1]
     module = getattr(layer.self_attn if where in ("q_proj", "o_proj") else layer.mlp, where)
@@ -271,12 +275,11 @@ def projections(model):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_weight_ever_moves(tiny, inputs, backend):
+def test_no_weight_ever_moves(tiny, inputs, prompt, backend):
     before = places(tiny)
     llava15_fast.patch(tiny, backend)
     assert places(tiny) == before
     logits(tiny, inputs)
-    prompt = {key: value for key, value in inputs.items() if key != "labels"}
     tiny.generate(**prompt, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert places(tiny) == before
     llava15_fast.unpatch(tiny)
@@ -415,9 +418,8 @@ def test_a_second_turn_on_the_returned_cache(tiny, golden, backend):
 
 
 @pytest.mark.parametrize("cache", ["static", "dynamic", None])
-def test_generation_with_a_chosen_cache(tiny, golden, cache):
-    inputs, expected, _ = golden["batch_left_pad"]
-    inputs = {key: value for key, value in inputs.items() if key != "labels"}
+def test_generation_with_a_chosen_cache(tiny, golden, prompts, cache):
+    inputs, expected = prompts["batch_left_pad"], golden["batch_left_pad"][1]
     llava15_fast.patch(tiny, "torch")
     options = {"cache_implementation": cache} if cache else {"use_cache": False}
     output = tiny.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0, **options)
@@ -546,7 +548,7 @@ def test_weights_that_accelerate_brings_on_demand(tiny, inputs, patched):
     torch.testing.assert_close(logits(tiny, inputs), expected, rtol=0, atol=1e-4)
 
 
-def test_a_model_split_over_devices(tiny, inputs):
+def test_a_model_split_over_devices(tiny, prompt):
     """The second device is "meta", which computes nothing but is another device."""
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
@@ -554,7 +556,6 @@ def test_a_model_split_over_devices(tiny, inputs):
     for module in (text.layers[1], text.layers[2], text.norm, tiny.lm_head):
         module.to("meta")
         add_hook_to_module(module, AlignDevicesHook(execution_device="meta", place_submodules=False))
-    prompt = {key: value for key, value in inputs.items() if key != "labels"}
     llava15_fast.patch(tiny, "torch")
     with torch.no_grad():
         assert tiny(**prompt, use_cache=False).logits.device.type == "meta"
@@ -647,9 +648,9 @@ def test_meta_and_fake_tensors(tiny):
 
 
 @pytest.mark.parametrize("kept,fast", [({}, False), ({"logits_to_keep": 1}, True), ({"logits_to_keep": 5}, False)])
-def test_logits_beside_padding_are_eagers(tiny, golden, kept, fast):
+def test_logits_beside_padding_are_eagers(tiny, prompts, kept, fast):
     """Of what stands before a prompt, too, whoever makes a loss of them; a prompt whose last ones are kept stays fast."""
-    inputs = {name: value for name, value in golden["batch_left_pad"][0].items() if name != "labels"}
+    inputs = prompts["batch_left_pad"]
     pads = (inputs["attention_mask"] == 0).sum(-1).max()
     if kept.get("logits_to_keep", 0) > 1:
         kept = {"logits_to_keep": torch.tensor([int(pads) - 1, -1], device=tiny.device)}

@@ -19,11 +19,6 @@ TARGETS = ["q_proj", "v_proj", "gate_proj", "o_proj", "down_proj", "lm_head", "a
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-@pytest.fixture
-def prompt(golden):
-    return {key: value for key, value in golden["one_image"][0].items() if key != "labels"}
-
-
 def with_lora(model, targets=TARGETS, name="default", seed=1, saved=None):
     """`model` with adapters that change the answer: both factors random, where peft begins with one at zero."""
     config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=targets, init_lora_weights=False, modules_to_save=saved)
@@ -159,7 +154,7 @@ def test_adapters_taken_off(tiny, prompt, patch_first, end, safe_merge):
 
 
 @pytest.mark.parametrize("patch_first", [False, True])
-def test_training_an_adapter_on_a_patched_model(tiny, golden, patch_first):
+def test_training_an_adapter_on_a_patched_model(tiny, golden, prompt, patch_first):
     inputs = golden["one_image"][0]
     plain = with_lora(copy.deepcopy(tiny))
     if patch_first:
@@ -180,7 +175,6 @@ def test_training_an_adapter_on_a_patched_model(tiny, golden, patch_first):
     for (name, theirs), (own_name, ours) in pairs:
         assert name == own_name and torch.equal(ours, theirs), name
         assert (ours.grad is None and theirs.grad is None) or torch.equal(ours.grad, theirs.grad), name
-    prompt = {key: value for key, value in inputs.items() if key != "labels"}
     assert_equal(answers(model, prompt), answers(plain, prompt))
 
 
@@ -216,9 +210,9 @@ def two_adapters(model):
 
 
 @pytest.mark.parametrize("names", [["default", "second"], ["__base__", "second"], ["second", "default"]])
-def test_an_adapter_for_each_prompt(tiny, golden, names):
+def test_an_adapter_for_each_prompt(tiny, prompts, names):
     """PEFT deals out the prompts of a batch: linear layers have to see which row is whose, padding included."""
-    prompt = {key: value for key, value in golden["text_batch_left_pad"][0].items() if key != "labels"}
+    prompt = prompts["text_batch_left_pad"]
     plain, model = two_adapters(copy.deepcopy(tiny)), two_adapters(tiny)
     handle = llava15_fast.patch(model, "torch")
     for inputs, chosen in ((prompt, names), ({key: value[1:] for key, value in prompt.items()}, names[1:])):
@@ -228,9 +222,9 @@ def test_an_adapter_for_each_prompt(tiny, golden, names):
     assert any("has to see the padding" in reason for row in handle.report().rows for reason in row.fallbacks)
 
 
-def test_an_adapter_that_begins_at_a_token(tiny, golden):
+def test_an_adapter_that_begins_at_a_token(tiny, prompts):
     """Activated LoRA: what stands before its token is left alone."""
-    prompt = {key: value for key, value in golden["text"][0].items() if key != "labels"}
+    prompt = prompts["text"]
     tokens = prompt["input_ids"][0, 4:6].tolist()
     config = peft.LoraConfig(
         r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False, alora_invocation_tokens=tokens
@@ -259,9 +253,9 @@ def test_an_adapter_that_begins_at_a_token(tiny, golden):
     ids=["prompt", "prefix", "p-tuning"],
 )  # fmt: skip
 @pytest.mark.parametrize("case", ["text", "text_batch_left_pad"])
-def test_learned_prompts(tiny, golden, case, config, first):
+def test_learned_prompts(tiny, prompts, case, config, first):
     """PEFT prepares every step itself."""
-    prompt = {key: value for key, value in golden[case][0].items() if key != "labels"}
+    prompt = prompts[case]
     models = []
     for model in (copy.deepcopy(tiny), tiny):
         if model is tiny and first:

@@ -34,8 +34,8 @@ def tiny(loaded):
 
 
 @pytest.fixture
-def prompt(golden):
-    return {name: value.cpu() for name, value in golden["one_image"][0].items() if name != "labels"}
+def prompt(prompt):
+    return {name: value.cpu() for name, value in prompt.items()}
 
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])

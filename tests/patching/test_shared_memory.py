@@ -24,11 +24,6 @@ def tiny(loaded, device):
     return copy.deepcopy(loaded).to(device)
 
 
-@pytest.fixture
-def prompt(golden):
-    return {name: value for name, value in golden["one_image"][0].items() if name != "labels"}
-
-
 def outputs(model, prompt):
     with torch.no_grad():
         logits = model(**prompt).logits

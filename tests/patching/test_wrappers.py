@@ -44,11 +44,6 @@ def inputs(golden):
     return golden["one_image"][0]
 
 
-@pytest.fixture
-def prompt(inputs):
-    return {name: value for name, value in inputs.items() if name != "labels"}
-
-
 def outputs(model, prompt):
     with torch.no_grad():
         logits = model(**prompt).logits
@@ -137,9 +132,7 @@ def trained(model, inputs):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="gloo is for CPUs")
 @pytest.mark.parametrize("first", ["patch", "wrap"])
 @pytest.mark.parametrize("kind", WRAPPERS)
-def test_distributed(tiny, golden, group, kind, first):
-    inputs = golden["one_image"][0]
-    prompt = {name: value for name, value in inputs.items() if name != "labels"}
+def test_distributed(tiny, inputs, prompt, group, kind, first):
 
     def run(model):
         with torch.no_grad():

@@ -29,10 +29,6 @@ def endless(tiny):
     return tiny
 
 
-def inputs_of(golden, case):
-    return {key: value for key, value in golden[case][0].items() if key != "labels"}
-
-
 def state(model):
     """Everything but weights that a verification could leave behind: attributes, patches, hooks, configurations."""
     attributes = {
@@ -71,8 +67,8 @@ def weights(model):
         ("one_image", DTYPES[-1], "triton", 2),
     ],
 )
-def test_a_sound_model_is_verified(endless, golden, case, dtype, backend, steps):
-    found = verify(endless.to(dtype), inputs_of(golden, case), max_new_tokens=steps, backend=backend)
+def test_a_sound_model_is_verified(endless, golden, case, dtype, backend, steps, prompts):
+    found = verify(endless.to(dtype), prompts[case], max_new_tokens=steps, backend=backend)
     assert found.ok and not found.notes, found
     prompts = golden[case][0]["input_ids"].shape[0]
     assert found.tokens == prompts * steps
@@ -88,9 +84,9 @@ def test_a_sound_model_is_verified(endless, golden, case, dtype, backend, steps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_the_reference_is_the_model_in_higher_precision(endless, golden, dtype):
+def test_the_reference_is_the_model_in_higher_precision(endless, prompts, dtype):
     """Against a second model that is wholly in that precision."""
-    inputs = inputs_of(golden, "two_images")
+    inputs = prompts["two_images"]
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     endless.to(dtype)
     wide = verification._reference_dtype(dtype)
@@ -106,9 +102,9 @@ def test_the_reference_is_the_model_in_higher_precision(endless, golden, dtype):
     assert float((found - expected).abs().max() / expected.abs().max()) < 3e-6
 
 
-def test_the_reference_holds_one_block_at_a_time(endless, golden, monkeypatch):
+def test_the_reference_holds_one_block_at_a_time(endless, prompts, monkeypatch):
     """What is cast at once is never more than the largest block, and nothing is left when the forward is over."""
-    inputs = inputs_of(golden, "two_images")
+    inputs = prompts["two_images"]
     endless.half()
     held, cast = [], verification._cast
 
@@ -149,12 +145,12 @@ def scaled(function, factor):
         (text, "flash_attn_with_kvcache", "logits"),
     ],
 )
-def test_a_wrong_kernel_is_seen(endless, golden, monkeypatch, module, name, part, dtype):
+def test_a_wrong_kernel_is_seen(endless, prompts, monkeypatch, module, name, part, dtype):
     """Five percent in one operation; that of decoding shows in the logits alone."""
     if name == "silu_and_mul":  # the torch backend has it in two
         module, name = text.Run, "gated"
     monkeypatch.setattr(module, name, scaled(getattr(module, name), 1.05))
-    found = verify(endless.to(dtype), inputs_of(golden, "two_images"), max_new_tokens=STEPS, backend="torch")
+    found = verify(endless.to(dtype), prompts["two_images"], max_new_tokens=STEPS, backend="torch")
     bad = [row.name for row in found.parts if not row.ok]
     assert not found.ok and part in bad, found
     assert "verdict: BAD" in repr(found) and f"outside the rule: {bad[0]}" in repr(found)
@@ -162,7 +158,7 @@ def test_a_wrong_kernel_is_seen(endless, golden, monkeypatch, module, name, part
         assert bad == ["logits"]
 
 
-def test_only_the_wrong_block_is_bad(endless, golden, monkeypatch):
+def test_only_the_wrong_block_is_bad(endless, prompts, monkeypatch):
     """A wrong second block does not spoil the rows of those behind it."""
     run, second = vision.run_blocks, endless.model.visual.blocks[1]
 
@@ -171,23 +167,23 @@ def test_only_the_wrong_block_is_bad(endless, golden, monkeypatch):
         return output + 0.05 * output.roll(1, dims=-1) if second in list(module.blocks) else output
 
     monkeypatch.setattr(vision, "run_blocks", wrong)
-    found = verify(endless, inputs_of(golden, "two_images"), max_new_tokens=2, backend="torch")
+    found = verify(endless, prompts["two_images"], max_new_tokens=2, backend="torch")
     assert [part.name for part in found.parts if not part.ok][:2] == ["visual.blocks.1", "image features"]
 
 
-def test_a_wrong_loop_is_seen(endless, golden, monkeypatch):
+def test_a_wrong_loop_is_seen(endless, prompts, monkeypatch):
     """The teacher-forced steps do not go through the decoding loop; the answer of `generate` does."""
     needed = generation._tokens_needed
     monkeypatch.setattr(generation, "_tokens_needed", lambda *args: needed(*args) - 1)
-    found = verify(endless.half(), inputs_of(golden, "text"), max_new_tokens=STEPS, backend="torch")
+    found = verify(endless.half(), prompts["text"], max_new_tokens=STEPS, backend="torch")
     assert not found.ok and not found.forced and all(part.ok for part in found.parts)
     (difference,) = found.generated
     assert (difference.step, difference.ours, difference.allowed) == (STEPS - 1, -1, False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_another_token_is_allowed_only_in_16_bit_and_where_eager_is_not_sure(endless, golden, monkeypatch, dtype):
-    inputs = inputs_of(golden, "text")
+def test_another_token_is_allowed_only_in_16_bit_and_where_eager_is_not_sure(endless, prompts, monkeypatch, dtype):
+    inputs = prompts["text"]
     ids = endless.generate(**inputs, max_new_tokens=1, do_sample=False)[0, -1]
     twin = int(ids) + 1
     endless.lm_head.weight.data[twin] = endless.lm_head.weight.data[ids]
@@ -238,18 +234,18 @@ def test_the_rule_itself():
 
 @pytest.mark.parametrize("patched_before", [None, "torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_the_model_is_as_before(endless, golden, patched_before, dtype):
+def test_the_model_is_as_before(endless, prompts, patched_before, dtype):
     endless.to(dtype)
     if patched_before:
         llava15_fast.patch(endless, patched_before, cuda_graph=False)
     before, values = state(endless), weights(endless)
-    verify(endless, inputs_of(golden, "one_image"), max_new_tokens=2, backend="torch")
+    verify(endless, prompts["one_image"], max_new_tokens=2, backend="torch")
     assert state(endless) == before and unchanged(values, weights(endless))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("where", ["patched", "reference", "block"])
-def test_the_model_is_as_before_after_an_exception(endless, golden, monkeypatch, where, error):
+def test_the_model_is_as_before_after_an_exception(endless, prompts, monkeypatch, where, error):
     endless.half()
     handle = llava15_fast.patch(endless, "torch")
     before, values = state(endless), weights(endless)
@@ -272,13 +268,13 @@ def test_the_model_is_as_before_after_an_exception(endless, golden, monkeypatch,
     with monkeypatch.context() as context:
         context.setattr(owner, name, failing(getattr(owner, name), when))
         with pytest.raises(error):
-            verify(endless, inputs_of(golden, "one_image"), max_new_tokens=2, backend="torch")
+            verify(endless, prompts["one_image"], max_new_tokens=2, backend="torch")
     assert state(endless) == before and unchanged(values, weights(endless))
     assert {row.backend for row in handle.report().rows} == {"torch"}
 
 
 @pytest.mark.parametrize("stop", range(0, 14, 2))
-def test_the_model_is_as_before_where_memory_runs_out_for_a_block(endless, golden, monkeypatch, stop):
+def test_the_model_is_as_before_where_memory_runs_out_for_a_block(endless, prompts, monkeypatch, stop):
     """In the middle of bringing it to higher precision."""
     endless.half()
     before, values = state(endless), weights(endless)
@@ -292,33 +288,33 @@ def test_the_model_is_as_before_where_memory_runs_out_for_a_block(endless, golde
     with monkeypatch.context() as context:
         context.setattr(torch.Tensor, "to", full)
         with pytest.raises(torch.OutOfMemoryError):
-            verify(endless, inputs_of(golden, "text"), max_new_tokens=2, backend="torch")
+            verify(endless, prompts["text"], max_new_tokens=2, backend="torch")
     assert state(endless) == before and unchanged(values, weights(endless))
 
 
-def test_a_narrow_output_and_one_of_few_characters(endless, golden, monkeypatch):
+def test_a_narrow_output_and_one_of_few_characters(endless, prompts, monkeypatch):
     """Numbers are not cut, and what cannot be shown is not tried."""
-    found = verify(endless, inputs_of(golden, "text"), max_new_tokens=2, backend="torch")
+    found = verify(endless, prompts["text"], max_new_tokens=2, backend="torch")
     monkeypatch.setenv("COLUMNS", "24")
     assert all(f"{part.ours:.1e}" in repr(found) for part in found.parts) and not repr(found).isascii()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     assert all(f"{part.ours:.1e}" in repr(found) for part in found.parts) and repr(found).isascii()
 
 
-def test_what_could_not_be_compared_is_said(endless, golden):
-    found = verify(endless, inputs_of(golden, "text"), max_new_tokens=2, backend="torch")
+def test_what_could_not_be_compared_is_said(endless, prompts):
+    found = verify(endless, prompts["text"], max_new_tokens=2, backend="torch")
     assert found.ok and found.notes == ("there is no image in the inputs: the vision tower was not compared",)
     assert not any(part.name.startswith(("visual", "image")) for part in found.parts)
     endless.model.language_model.layers[0].register_forward_hook(lambda *_: None)
-    found = verify(endless, inputs_of(golden, "one_image"), max_new_tokens=2, backend="torch")
+    found = verify(endless, prompts["one_image"], max_new_tokens=2, backend="torch")
     (note,) = found.notes
     assert found.ok and note.startswith("language_model ran without the kernels") and note in " ".join(repr(found).split())
     assert [part.name for part in found.parts if "language" in part.name] == []
     assert "a hook sits on " in found.backend["language_model"]
 
 
-def test_an_answer_that_ends_is_compared_up_to_its_end(endless, golden):
-    inputs = inputs_of(golden, "batch_left_pad")
+def test_an_answer_that_ends_is_compared_up_to_its_end(endless, prompts):
+    inputs = prompts["batch_left_pad"]
     prompt = inputs["input_ids"].shape[1]
     free = endless.generate(**inputs, max_new_tokens=STEPS, do_sample=False)[:, prompt:]
     endless.generation_config.update(eos_token_id=int(free[0, 1]))
@@ -328,8 +324,8 @@ def test_an_answer_that_ends_is_compared_up_to_its_end(endless, golden):
     assert found.ok and found.tokens == sum(lengths) < STEPS * len(free)
 
 
-def test_what_cannot_be_verified_is_refused(endless, golden):
-    inputs = inputs_of(golden, "one_image")
+def test_what_cannot_be_verified_is_refused(endless, prompts):
+    inputs = prompts["one_image"]
     with pytest.raises(TypeError, match="no language head"):
         verify(endless.model, inputs)
     with pytest.raises(TypeError, match="holds 0 models"):
@@ -339,7 +335,7 @@ def test_what_cannot_be_verified_is_refused(endless, golden):
     with pytest.raises(ValueError, match="'fast'"):
         verify(endless, inputs, backend="fast")
     with pytest.raises(ValueError, match="padded on the left"):
-        verify(endless, inputs_of(golden, "batch_right_pad"))
+        verify(endless, prompts["batch_right_pad"])
     with pytest.raises(ValueError, match="training mode"):
         verify(endless.train(), inputs)
     endless.eval().model.language_model.layers[1].to("meta")
