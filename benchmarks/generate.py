@@ -18,7 +18,7 @@ Random weights at the real shapes, random images and prompts; nothing is downloa
 | `first_call_warm_s`       | the same of ours in a process that finds its kernels in the cache                          |
 | `peak_gb`                 | the most memory that torch held during `generate`, weights included                        |
 
-A row of a patched model says what `ran` in each part, by backend; where the original ran instead, it is wrong and has no times.
+A row of a patched model says what `ran` in each part, by backend; where fallback instead, it is wrong and has no times.
 Rows of a CPU are marked as `dry_run`: its times say nothing about a GPU.
 
 Before a provider is timed it is verified on the timed prompts: logits of the last prompt token and of `FORCED` given tokens
@@ -232,10 +232,10 @@ def _patched(model: Any, shape: Shape, backend: Backend, **options: Any) -> Iter
 
 
 def _ran(handle: llava15_fast.PatchHandle) -> dict[str, Any]:
-    """Calls of each part of a patched model by backend; if the original ran instead, no time is ours."""
+    """Calls of each part of a patched model by backend; if fallback instead, no time is ours."""
     found = handle.report().rows
     instead = {row.path: row.fallbacks for row in found if row.fallbacks}
-    assert not instead, f"the original ran instead: {instead}"
+    assert not instead, f"fallback instead: {instead}"
     return {"ran": {row.path: row.ran for row in found if row.ran}}
 
 

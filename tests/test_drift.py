@@ -405,10 +405,10 @@ other.model = their_model()
 try:
     llava15_fast.patch(other)
 except TypeError as error:
-    assert "has a LlavaOnevision1_5Model of its own, which is not known here" in str(error), error
+    assert "has its own LlavaOnevision1_5Model, which is not supported here" in str(error), error
     assert not any(name.startswith("_llava15") for module in other.modules() for name in module.__dict__)
 else:
     raise SystemExit("another class was patched")
 """)
     for name in ("LlavaOnevision1_5ForConditionalGeneration", "LlavaOnevision1_5Model"):
-        assert result.stderr.count(f"transformers brings its own {name}; it is left in place") == 1, result.stderr
+        assert result.stderr.count(f"transformers has its own {name}, which is not replaced") == 1, result.stderr

@@ -150,7 +150,7 @@ class Graphs:
         except RuntimeError as error:  # OutOfMemoryError is one
             # A genuine error shows again when the step runs eagerly.
             self.gave_up = True
-            logger.warning("a CUDA graph could not be captured (%s): this model runs without", error)
+            logger.warning("CUDA graph capture failed (%s): this model runs without CUDA graphs", error)
             return False
         if not facts.still_hold(held):
             facts.fingerprint = None  # no graphs for the rest of this request

@@ -90,7 +90,7 @@ class FastForConditionalGeneration(FastModule, LlavaOnevision1_5ForConditionalGe
             request.loop_began = True
         asked = Asked(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
         reason = "a streamer is given" if streamer is not None else None
-        reason = reason or ("several processes generate together" if synced_gpus else None)
+        reason = reason or ("synced_gpus is on" if synced_gpus else None)
         if request is None or not request.is_generate:  # otherwise checked when it began
             reason = reason or methods_guard(self)
         reason, runtime = reason or asked.guard(), runtime_of(self)
@@ -123,18 +123,18 @@ class Asked:
             return "the ids are not one row per prompt"
         for processor in self.processors:
             if type(processor) not in PURE_PROCESSORS:
-                return f"the logits processor {type(processor).__name__} may remember what it saw"
+                return f"the logits processor {type(processor).__name__} may be stateful"
         for criterion in self.criteria:
             if type(criterion) not in (EosTokenCriteria, MaxLengthCriteria):
-                return f"the stopping criterion {type(criterion).__name__} has to see every token"
+                return f"the stopping criterion {type(criterion).__name__} needs every token"
         if self.criteria.max_length is None:
-            return "there is no maximum length"
+            return "no maximum length is set"
         if self.config.output_attentions or self.config.output_hidden_states:
-            return "attentions or hidden states are asked for"
+            return "attentions or hidden states are requested"
         if not self.model_kwargs.get("use_cache"):
             return "use_cache is off"
         if cache is not None and (cache.is_compileable or not cache.is_croppable):
-            return f"the cache is a {type(cache).__name__} that cannot be cropped"
+            return f"the cache is a {type(cache).__name__} that does not support crop"
         return None
 
 

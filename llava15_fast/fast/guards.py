@@ -287,20 +287,20 @@ def is_plain(layer: nn.Module) -> bool:
 def _module_guard(path: str, module: nn.Module, module_class: type[nn.Module]) -> str | None:
     if type(module) is not module_class:
         if inside(module) is not module:
-            return f"an adapter sits on {path}, which the fused code would pass over"
+            return f"an adapter on {path}, which the fused code would bypass"
         if found := difference(path, module, module_class) or difference(path, module, module_class, "__call__"):
             return found
         if "parametrizations" in module._modules:
             return f"{path} is parametrized"
     if has_hooks(module):
-        return f"a hook sits on {path}, which the fused code would pass over"
+        return f"a hook on {path}, which the fused code would bypass"
     return f"{path}.forward was replaced" if is_replaced(module) else None
 
 
 def _activation_guard(module: nn.Module, classes: Container[type[nn.Module]]) -> str | None:
     """The same for an activation, which the configuration selects."""
     if has_hooks(module):
-        return "a hook sits on an activation, which the fused code would pass over"
+        return "a hook on an activation, which the fused code would bypass"
     if type(module) not in classes or is_replaced(module) or getattr(module, "approximate", "none") != "none":
         return f"no kernel for the activation {type(module).__name__}"
     return None
@@ -435,11 +435,11 @@ def _text_guard(module: nn.Module) -> str | None:
     if module.has_sliding_layers or len(kinds) < len(layers) or set(kinds[: len(layers)]) != {"full_attention"}:
         return "not all layers have full attention"
     if not getattr(config, "is_causal", True):
-        return "the attention is not plainly causal"
+        return "the attention is not causal"
     if module.rotary_emb.rope_type not in STATIC_ROPE:
         return f"no kernel for the rotary embedding {module.rotary_emb.rope_type!r}"
     if sorted(layer.self_attn.layer_idx for layer in layers) != list(range(len(layers))):
-        return "the layers are not numbered one by one"
+        return "the layer indices are not consecutive"
     return attention_guard(config._attn_implementation, masked=True)
 
 
@@ -448,23 +448,23 @@ def _layer_guard(layer: nn.Module, config: Any) -> str | None:
     if reason := _activation_guard(layer.mlp.act_fn, SILU) or _attention_guard(attention, config):
         return reason
     if not attention.is_causal or getattr(attention, "sliding_window", None) is not None:
-        return "the attention is not plainly causal"
+        return "the attention is not causal"
     if attention.q_norm.variance_epsilon != attention.k_norm.variance_epsilon:
         return "no kernel for norms of queries and keys that differ in their epsilon"
     heads = attention.head_dim, attention.num_key_value_groups * config.num_key_value_heads
-    return None if heads == (head_dim, config.num_attention_heads) else "a layer's heads are not those of the configuration"
+    return None if heads == (head_dim, config.num_attention_heads) else "a layer's head counts differ from the configuration"
 
 
 def _embed_guard(module: nn.Module) -> str | None:
     proj = module.patch_embed.proj
     settings = proj.padding, proj.dilation, proj.groups, proj.stride, len(proj.weight), proj.weight.dtype, proj.bias
     plain = (0, 0), (1, 1), 1, proj.kernel_size, module.config.hidden_size, module.pre_layernorm.weight.dtype, None
-    return None if settings == plain else "the patch embedding is no plain matrix product"
+    return None if settings == plain else "the patch embedding is not a plain matrix product"
 
 
 def _merge_guard(module: nn.Module) -> str | None:
     merged = module.config.hidden_size * module.spatial_merge_size**2
-    return None if module.merger.hidden_size == merged else "the merger's width is not the model's"
+    return None if module.merger.hidden_size == merged else "the merger's width differs from the model's"
 
 
 def _encode_guard(module: nn.Module) -> str | None:
@@ -478,15 +478,15 @@ def _block_guard(block: nn.Module, config: Any) -> str | None:
     if reason := _activation_guard(block.mlp.act, GELU) or _attention_guard(attention, config):
         return reason
     heads = attention.num_heads, attention.num_heads * attention.head_dim
-    return None if heads == (config.num_heads, config.hidden_size) else "a block's heads are not those of the configuration"
+    return None if heads == (config.num_heads, config.hidden_size) else "a block's head counts differ from the configuration"
 
 
 def _attention_guard(attention: nn.Module, config: Any) -> str | None:
     if attention.training and attention.attention_dropout:
         return "attention dropout is on"
     if not attention.scaling > 0:
-        return f"the scale of the attention's scores is {attention.scaling}"
-    return None if attention.config is config else "a layer has a configuration of its own"
+        return f"the softmax scale is {attention.scaling}"
+    return None if attention.config is config else "a layer has its own configuration"
 
 
 _ANGLES = ("class_pos_emb", "rotary_pos_emb.inv_freq")
@@ -499,11 +499,11 @@ MERGE = Table("merge", MERGE_PARTS, _merge_guard)
 def context_guard() -> str | None:
     """The reason for a fallback that holds for every call at present."""
     if _global_forward_hooks or _global_forward_pre_hooks:
-        return "a hook listens to all modules"
+        return "a global module hook is registered"
     if torch.compiler.is_compiling():
         return None
     if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a transform of torch.func runs, or a forward gradient is needed"
+        return "a torch.func transform or forward-mode AD is active"
     return "torch.jit traces" if torch.jit.is_tracing() else None
 
 
@@ -512,8 +512,8 @@ def attention_guard(name: str | None, masked: bool) -> str | None:
     name = name or "eager"
     known = KNOWN_ATTENTION.get(name)
     if known is None or ALL_ATTENTION_FUNCTIONS.get(name) is not known[0]:
-        return f"the attention {name!r} is not known"
-    return f"the masks of {name!r} are not known" if masked and ALL_MASK_ATTENTION_FUNCTIONS.get(name) is not known[1] else None
+        return f"unknown attention implementation {name!r}"
+    return f"unknown mask function of {name!r}" if masked and ALL_MASK_ATTENTION_FUNCTIONS.get(name) is not known[1] else None
 
 
 def call_guard(module: nn.Module, x: torch.Tensor, weight: torch.Tensor, options: dict[str, Any], *others: Any) -> str | None:
@@ -535,11 +535,11 @@ def call_guard(module: nn.Module, x: torch.Tensor, weight: torch.Tensor, options
         if getattr(module.config, option, False) if asked is None else asked:
             return f"{option} is on"
     if options.get("return_dict") is False:
-        return "a tuple is asked for"
+        return "return_dict is off"
     if options.get("is_causal") is False:
-        return "the attention is not plainly causal"
+        return "the attention is not causal"
     unknown = [name for name, value in options.items() if name not in OPTIONS and value is not None]
-    return f"the argument {unknown[0]!r} is not known" if unknown else None
+    return f"unknown argument {unknown[0]!r}" if unknown else None
 
 
 def cache_guard(cache: Any, n_layers: int, layer_classes: Container[type]) -> str | None:
@@ -548,12 +548,12 @@ def cache_guard(cache: Any, n_layers: int, layer_classes: Container[type]) -> st
         return reason
     kind = type(cache).__name__
     if type(cache) is not DynamicCache or cache.offloading or cache.layer_class_to_replicate not in (None, DynamicLayer):
-        return f"the cache is a {kind} of its own kind"
+        return f"unsupported cache {kind}"
     layers = cache.layers
     if len(layers) > n_layers or any(type(layer) not in layer_classes for layer in layers):
-        return f"the cache is a {kind} with layers of its own kind"
+        return f"unsupported layers in the cache {kind}"
     if any(not CACHE_METHODS.isdisjoint(vars(owner)) for owner in (cache, *layers)):
-        return f"the {kind} has a method of its own"
+        return f"the cache {kind} overrides a method"
     lengths = {layer.get_seq_length() for layer in layers} | ({0} if len(layers) < n_layers else set())
     return "the layers of the cache hold different numbers of tokens" if len(lengths) > 1 else None
 
@@ -573,5 +573,5 @@ def roots_guard(model: nn.Module) -> str | None:
         if module is not None and (
             has_hooks(module) or is_replaced(module) or original(FAST[cls], module, "forward") is not forward
         ):
-            return f"the {cls.__name__}'s forward is not its own, or someone listens to it"
+            return f"the {cls.__name__}'s forward was replaced, or has a hook"
     return None

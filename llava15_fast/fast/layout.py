@@ -29,7 +29,7 @@ class Padding:
     def read(cls, mask: Any) -> Padding | str:
         """Takes one device-to-host copy. Returns the reason for a fallback if the mask is not left and right padding."""
         if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-            return "the attention mask is not one flag per token"
+            return "the attention mask is not one value per token"
         if torch.compiler.is_compiling() or mask.is_meta or is_fake(mask):
             return "the attention mask cannot be read"
         valid = mask.bool()

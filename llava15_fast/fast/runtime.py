@@ -54,7 +54,7 @@ class Record:
 
 @functools.cache
 def _log_fallback(method: str, reason: str) -> None:
-    logger.warning("%s falls back to the original: %s", method, reason)
+    logger.warning("%s falls back to transformers: %s", method, reason)
 
 
 class Runtime:
@@ -99,7 +99,7 @@ def with_room(run: Callable[[], T]) -> T:
     except torch.OutOfMemoryError:
         if not any([runtime.release() for runtime in list(_living)]):
             raise
-    logger.warning("out of memory: CUDA graphs were given up for it")
+    logger.warning("out of memory: CUDA graphs and idle KV buffers were freed")
     return run()
 
 

@@ -62,7 +62,7 @@ class FastTextModel(FastModule, Qwen3Model):
                 return forward(self, **call.inputs())
             return BaseModelOutputWithPast(last_hidden_state=hidden_states)
         own = forward is not FORWARDS[Qwen3Model]
-        step = "the class has a forward of its own" if own else plan(self, runtime, call)
+        step = "the class overrides forward" if own else plan(self, runtime, call)
         if isinstance(step, str):
             runtime.record.fall_back(METHOD, step)
             return forward(self, **call.inputs())
@@ -148,7 +148,7 @@ def first_step(module: nn.Module, runtime: Runtime, request: Request, call: Text
     if isinstance(tokens, str):
         return tokens
     if not tokens.is_full and not facts.plain and not facts.row_by_row:
-        return "a linear layer has to see the padding, which is left out"
+        return "a linear layer needs the padding, which is skipped"
     loan = None
     if cache is not None:
         like = facts.weight.new_empty((batch, 0, config.num_key_value_heads, config.head_dim))
@@ -195,24 +195,24 @@ def _tokens(request: Request, call: TextCall, past: int) -> Spans | str:
     """Which of the new tokens are padding, or the reason for a fallback."""
     mask, positions, (batch, length) = call.attention_mask, call.position_ids, call.given.shape[:2]
     if positions is not None and (positions.ndim != 2 or positions.shape[1] != length):
-        return "the positions are not one per token"
+        return "position_ids are not one per token"
     if positions is not None and call.cache is None and mask is None and (positions.diff(dim=-1) != 1).any():
         # Without a cache, transformers takes jumps in the positions for boundaries of packed sequences.
-        return "the positions describe packed sequences"
+        return "position_ids describe packed sequences"
     total = past + length
     padding = request.padding_of(mask)
     if isinstance(padding, str):
         return padding
     if mask is not None and mask.shape != (batch, total):
-        return "the attention mask is not one flag per token"
+        return "the attention mask is not one value per token"
     tokens = Spans([(0, total)] * batch if padding is None else padding.within(total), past, length)
     if tokens.is_empty:
-        return "there is nothing but padding"
+        return "all tokens are padding"
     # `generate`, which passes `use_cache`, uses the logits of the last position even if it is padding.
     if call.use_cache is not None and any(end < total for end in tokens.ends):
         return "a prompt ends with padding"
     if request.reads_padding and not tokens.is_full:
-        return "logits of the padding are read"
+        return "logits at padding are used"
     return tokens
 
 

@@ -81,7 +81,7 @@ def _enter(
     if runtime is None or (compiling and type(module) is not FastVisionModel):
         return None, None
     if not compiling and original(FastVisionModel, module, name) is not METHODS[name]:
-        runtime.record.fall_back(f"visual.{name}", "the class has a method of its own")
+        runtime.record.fall_back(f"visual.{name}", "the class overrides a method")
         return None, None
     # A direct call of the method, or a compiled one, has no request.
     request = None if compiling else current(module)

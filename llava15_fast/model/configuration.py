@@ -120,9 +120,9 @@ class LlavaOnevision1_5TextConfig(Qwen3Config):
             )
         if self.num_attention_heads % self.num_key_value_heads:
             found = f"text num_attention_heads {self.num_attention_heads}"
-            raise ValueError(f"{found} is no multiple of num_key_value_heads {self.num_key_value_heads}")
+            raise ValueError(f"{found} is not a multiple of num_key_value_heads {self.num_key_value_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"text head_dim {self.head_dim} is odd: RoPE turns pairs")
+            raise ValueError(f"text head_dim {self.head_dim} is odd: RoPE rotates pairs")
 
     def to_dict(self) -> dict[str, Any]:
         """As Qwen3's, plus the `rope_theta` key of the published format."""

@@ -60,7 +60,7 @@ def read_image(source: ImageSource, channels: str | None = None, highest: float 
         raise ValueError(f"an image is given as {type(source).__name__}, expected a path, address, Pillow image or array")
     name = f"of mode {source.mode}, size {source.size}" if isinstance(source, Image.Image) else _short(repr(str(source)))
     if isinstance(source, Image.Image) and 0 in source.size:
-        raise ValueError(f"an image {name} holds no pixels")
+        raise ValueError(f"an image {name} has no pixels")
     try:
         image = source if isinstance(source, Image.Image) else _open(source)
         if image.format not in (None, *FORMATS):
@@ -127,7 +127,7 @@ def _channels_last(array: Array, channels: str | None) -> np.ndarray:
             raise ValueError(f"cannot read an image tensor ({described}): {_short(str(error))}") from None
     counts, shape = (1, 3, 4), array.shape
     if 0 in shape:
-        raise ValueError(f"an image array of shape {shape} holds no pixels")
+        raise ValueError(f"an image array of shape {shape} has no pixels")
     first, last = array.ndim == 3 and shape[0] in counts, array.ndim == 3 and shape[-1] in counts
     if first and last and channels is None:
         which = "input_data_format='channels_first' or 'channels_last'"
@@ -257,7 +257,7 @@ class LlavaOnevision1_5Processor(Qwen2VLProcessor):
     def get_possibly_dynamic_module(module_name: str) -> Any:
         """Refuses audio tokenizers: files may name any class of transformers as one, which could load anything."""
         if module_name not in ("ImageProcessingMixin", "PreTrainedTokenizerBase", "MistralCommonBackend"):
-            raise ValueError(f"the processor's files name the audio tokenizer {module_name}: this model takes no audio")
+            raise ValueError(f"the processor's files name the audio tokenizer {module_name}: this model does not support audio")
         return Qwen2VLProcessor.get_possibly_dynamic_module(module_name)
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> tuple:
@@ -271,7 +271,7 @@ class LlavaOnevision1_5Processor(Qwen2VLProcessor):
     def validate_inputs(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> None:
         """Raises ValueError if the numbers of images or videos and of placeholders differ, in total or per prompt."""
         if kwargs.get("audio") is not None:
-            raise ValueError("this model takes no audio")
+            raise ValueError("this model does not support audio")
         if images is None and text is None and videos is None:
             raise ValueError("pass at least one of text, images and videos")
         for kind, token, groups in (("images", self.image_token, images), ("videos", self.video_token, videos)):
@@ -323,7 +323,7 @@ class LlavaOnevision1_5Processor(Qwen2VLProcessor):
 
         def patches(kind: str, height: int, width: int) -> int:
             if merged[kind].get("do_resize") is False:
-                raise ValueError("do_resize is False: the sizes of what goes to the model are not known before")
+                raise ValueError("do_resize is False: the size of the model input is not known in advance")
             size = merged[kind]["size"]
             limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
             return self.image_processor.get_number_of_image_patches(height, width, limits)
@@ -367,5 +367,5 @@ def _prompts(text: Any) -> list[str]:
         if not isinstance(prompt, str):
             raise ValueError(f"a prompt is given as {type(prompt).__name__}, expected a string or a list of strings")
         if lone := re.search("[\ud800-\udfff]", prompt):
-            raise ValueError(f"a prompt holds {lone[0]!r} at position {lone.start()}, which is no text in UTF-8")
+            raise ValueError(f"a prompt holds {lone[0]!r} at position {lone.start()}, which is not valid UTF-8")
     return prompts

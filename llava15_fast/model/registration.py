@@ -70,7 +70,7 @@ def register() -> None:
         if getattr(sys.modules["transformers"], exported.__name__, exported) is exported:
             setattr(sys.modules["transformers"], exported.__name__, exported)
         else:
-            logger.warning("transformers brings its own %s; it is left in place", exported.__name__)
+            logger.warning("transformers has its own %s, which is not replaced", exported.__name__)
             # transformers looks up tensor name mappings by class name, which theirs and ours must not share.
             exported.__name__ = configuration.OWN_NAME + exported.__name__
     for model_class in (HEAD, MODEL):

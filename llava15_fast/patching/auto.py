@@ -47,7 +47,7 @@ def enable(backend: Backend = "auto", *, cuda_graph: bool = True) -> None:
         # Auto classes pass it in the configuration.
         attention = kwargs.get("attn_implementation") or getattr(kwargs.get("config"), "_attn_implementation", None)
         if attention == "flash_attention_2" and not is_flash_attn_2_available():
-            logger.warning("flash-attn is not installed: attn_implementation is 'sdpa' where the kernels do not run")
+            logger.warning("flash-attn is not installed: attn_implementation is 'sdpa' for fallbacks")
             kwargs["attn_implementation"] = "sdpa"
         loaded = original(cls, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True

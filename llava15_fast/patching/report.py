@@ -43,7 +43,7 @@ class Report:
     rows: tuple[ReportRow, ...]
 
     def __rich__(self) -> Table:
-        headings = ("module", "kernel", "ran (calls)", "original ran instead (calls)")
+        headings = ("module", "kernel", "ran (calls)", "fallbacks (calls)")
         table = Table(*(Column(heading, overflow="fold") for heading in headings), title="llava15_fast")
         for row in self.rows:
             ran, fallbacks = ("\n".join(f"{what} ({n})" for what, n in calls.items()) for calls in (row.ran, row.fallbacks))

@@ -54,7 +54,7 @@ def find_model(model: Any) -> LlavaOnevision1_5ForConditionalGeneration | LlavaO
     for module in modules:
         if type(module).__name__ == LlavaOnevision1_5Model.__qualname__ and module not in found:
             raise TypeError(
-                f"{type(module).__module__} has a {type(module).__name__} of its own, which is not known here: load the model "
+                f"{type(module).__module__} has its own {type(module).__name__}, which is not supported here: load the model "
                 "with llava15_fast.LlavaOnevision1_5ForConditionalGeneration"
             )
     if len(found) != 1:

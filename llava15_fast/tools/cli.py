@@ -129,9 +129,9 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     model, report = AutoModelForImageTextToText.from_pretrained(folder, **options)
     for name, found, expected in sorted(report["mismatched_keys"]):
         raise ValueError(f"{folder}: {name} has shape {tuple(found)}, expected {tuple(expected)} by the configuration")
-    for kind, problem in (("missing", "lacks"), ("unexpected", "has, against its configuration,")):
+    for kind in ("missing", "unexpected"):
         if keys := sorted(report[f"{kind}_keys"]):
-            raise ValueError(f"{folder} {problem} {len(keys)} tensors, {keys[0]} the first: the answer would be noise")
+            raise ValueError(f"{folder} has {len(keys)} {kind} tensors, the first is {keys[0]}: the output would be noise")
     for kind in ("image", "video"):
         expected, found = getattr(config, f"{kind}_token_id"), getattr(processor, f"{kind}_token_id")
         if expected != found or processor.tokenizer.encode(getattr(processor, f"{kind}_token")) != [expected]:
@@ -175,7 +175,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     """Loads and patches a checkpoint and answers one prompt about all of the images. The answer goes to stdout, the latency and
     the report of what ran to stderr."""
     if arguments.no_patch and arguments.compare:
-        raise ValueError("--compare and --no-patch exclude each other")
+        raise ValueError("--compare and --no-patch are mutually exclusive")
     for image in arguments.image:
         read_image(image)  # before a large checkpoint is loaded
     model, processor = load(arguments.model)
@@ -219,7 +219,7 @@ def _warmup(arguments: argparse.Namespace) -> int:
     model, _ = load(arguments.model)
     handle = patch(model, arguments.backend)
     taken = warmup(model, lambda request, seconds: print(f"{seconds:7.2f} s  {request}", flush=True))
-    print(f"{sum(taken.values()):7.2f} s  in all", flush=True)
+    print(f"{sum(taken.values()):7.2f} s  total", flush=True)
     print(handle.report(), file=sys.stderr)
     return 0
 

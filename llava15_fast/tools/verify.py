@@ -40,7 +40,7 @@ from ..patching.targets import find_model
 
 Inputs = dict[str, Tensor]
 
-ORIGINAL = "the original ran"
+FALLBACK = "fallback"
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,11 @@ class Verification:
             lines += [
                 f"  prompt {found.prompt}, token {found.step}: {found.ours} for {found.eager}; eager's margin "
                 f"{found.margin:.2e}, its distance from {reference} {found.distance:.2e}: "
-                f"{'eager was not sure' if found.allowed else 'NOT ALLOWED'}"
+                f"{'near-tie' if found.allowed else 'NOT ALLOWED'}"
                 for found in differences[:5]
             ]
         lines += [f"note: {note}" for note in self.notes]
-        lines += [f"outside the rule: {failure}" for failure in self.failures[:8]]
+        lines += [f"failure: {failure}" for failure in self.failures[:8]]
         return Group(blocks, *lines, f"verdict: {'ok' if self.ok else 'BAD'}")
 
     __repr__ = as_text
@@ -140,7 +140,7 @@ def verify(
     if root.training:
         raise ValueError("the model is in training mode: call model.eval() first")
     if inputs.get("input_ids") is None:
-        raise ValueError("inputs hold no input_ids: verify takes what the processor gives")
+        raise ValueError("inputs has no input_ids: pass the processor's output")
     if any(parameter.is_meta for parameter in root.parameters()):
         raise ValueError("some weights are not in memory (offloaded, or on the meta device): load the model without offloading")
     inputs = {key: value for key, value in inputs.items() if isinstance(value, Tensor) and key != "labels"}
@@ -183,7 +183,7 @@ def _verify(model: nn.Module, root: nn.Module, inputs: Inputs, max_new_tokens: i
     differences = partial(_differences, weight.dtype, (logits.double() - exact_logits.double()).abs().amax(-1))
     forced = tuple(differences(_margins(logits), ours_logits.argmax(-1), logits.argmax(-1), counted))
     generated = tuple(differences(margins, ours_answer, answer, (ours_answer != answer).cumsum(-1) == 1))
-    fell_back = [part for part in ("visual.encode", "language_model") if ORIGINAL in ran.get(part, "")]
+    fell_back = [part for part in ("visual.encode", "language_model") if FALLBACK in ran.get(part, "")]
     notes = ["there is no image in the inputs: the vision tower was not compared"] * (features is None)
     notes += [f"{part} ran without the kernels, so its blocks were not compared one by one" for part in fell_back]
     return Verification(weight.dtype, ran, tuple(parts), forced, generated, int(counted.sum()), tuple(notes))
@@ -246,7 +246,7 @@ def _blocks(root: nn.Module, inputs: Inputs, backend: str, ran: dict[str, str]) 
             ("visual.encode", "visual.blocks", visual.blocks, block_results),
             ("language_model", "language_model.layers", language.layers, layer_results),
         ):
-            for index, module in enumerate(modules if ORIGINAL not in ran.get(part, ORIGINAL) else ()):
+            for index, module in enumerate(modules if FALLBACK not in ran.get(part, FALLBACK) else ()):
                 hook = partial(compare, results, path, index)
                 hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
         root(**inputs, position_ids=_positions(attention_mask), use_cache=False, logits_to_keep=1)
@@ -341,5 +341,5 @@ def _reference_dtype(dtype: torch.dtype) -> torch.dtype:
 def _ran(report: Report, sees: bool) -> dict[str, str]:
     """What ran for each part according to the report; vision only if there were images."""
     rows = [row for row in report.rows if sees or not row.path.startswith("visual")]
-    calls = {row.path: [*row.ran, *(f"{ORIGINAL}: {reason}" for reason in row.fallbacks)] for row in rows}
+    calls = {row.path: [*row.ran, *(f"{FALLBACK}: {reason}" for reason in row.fallbacks)] for row in rows}
     return {path: "; ".join(how) or "not called" for path, how in calls.items()}

@@ -30,7 +30,7 @@ def fails_at(function, call, error):
 def test_no_memory_for_the_cache(tiny, prompt, monkeypatch, call):
     expected = tiny.generate(**prompt, **OPTIONS)
     llava15_fast.patch(tiny, "torch")
-    monkeypatch.setattr(runtime, "_living", weakref.WeakSet())  # other tests' models, whose graphs would be given up for it
+    monkeypatch.setattr(runtime, "_living", weakref.WeakSet())  # other tests' models, whose graphs would be freed
     monkeypatch.setattr(kv_cache, "capacity_for", fails_at(lambda tokens: tokens + 1, call, torch.OutOfMemoryError("full")))
     with pytest.raises(torch.OutOfMemoryError, match="full"):
         tiny.generate(**prompt, **OPTIONS)

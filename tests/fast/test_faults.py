@@ -269,7 +269,7 @@ def test_texts_that_are_none(processor):
     for prompt, match in [([], "empty list"), ([None], "NoneType"), ([["a"]], "list"), (3, "int"), (b"a", "bytes")]:
         refused(lambda prompt=prompt: processor(text=prompt), match)
     for image in (Image.new("RGB", (0, 5)), Image.new("L", (0, 0))):
-        refused(lambda image=image: pixels(processor, image), "holds no pixels")
+        refused(lambda image=image: pixels(processor, image), "has no pixels")
     assert processor(images=[], text="a").keys() == processor(text="a").keys()
 
 

@@ -62,8 +62,8 @@ def test_a_slower_way_is_logged_once_and_counted(tiny, prompt, caplog):
             tiny.generate(**prompt, **OPTIONS, max_new_tokens=2, num_beams=2)
             tiny.generate(**prompt, **OPTIONS, max_new_tokens=2, output_hidden_states=True, return_dict_in_generate=True)
     said = [record.getMessage() for record in caplog.records if "falls back" in record.getMessage()]
-    assert said.count("generate falls back to the original: neither greedy search nor sampling") == 1
-    assert said.count("language_model falls back to the original: output_hidden_states is on") == 1
+    assert said.count("generate falls back to transformers: neither greedy search nor sampling") == 1
+    assert said.count("language_model falls back to transformers: output_hidden_states is on") == 1
     assert len(said) == len(set(said))
     rows = {row.path: row.fallbacks for row in handle.report().rows}
     assert rows["generate"]["neither greedy search nor sampling"] == 3

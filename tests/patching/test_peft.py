@@ -219,7 +219,7 @@ def test_an_adapter_for_each_prompt(tiny, prompts, names):
         expected = plain.generate(**inputs, **GREEDY, adapter_names=chosen)
         assert torch.equal(model.generate(**inputs, **GREEDY, adapter_names=chosen), expected)
         assert chosen == ["default"] or not torch.equal(model.generate(**inputs, **GREEDY), expected)
-    assert any("has to see the padding" in reason for row in handle.report().rows for reason in row.fallbacks)
+    assert any("needs the padding" in reason for row in handle.report().rows for reason in row.fallbacks)
 
 
 def test_an_adapter_that_begins_at_a_token(tiny, prompts):
