@@ -172,7 +172,7 @@ MEMBERS = {
         "is_croppable is_sliding lazy_initialization offload prefetch reorder_cache reset supports_early_init update"
     ),
 }
-"""Public members. One that is new may read or replace keys and values behind the storages of `PreallocatedLayer`."""
+"""Public members. One that is new may read or replace keys and values behind the KV buffers of `PooledLayer`."""
 
 GONE = {_LAYER: {"get_max_cache_shape"}}
 """Members of an older supported release."""
@@ -260,7 +260,7 @@ def test_every_import_is_listed():
     assert not missing, f"add to SYMBOLS, SIGNATURES or PASSED: {missing}"
 
 
-def test_peft_keeps_what_it_wraps_where_it_is_looked_for():
+def test_peft_wrapped_module_location():
     peft = pytest.importorskip("peft")
     wrapper = importlib.import_module("peft.utils.other").ModulesToSaveWrapper
     layer = nn.Linear(2, 2)
@@ -274,7 +274,7 @@ def test_members(path):
     assert not (sentence := moved(path, members=MEMBERS[path])), sentence
 
 
-def test_a_move_is_told_in_a_sentence(monkeypatch):
+def test_moved_symbol_is_named(monkeypatch):
     layer = transformers.cache_utils.DynamicLayer
     monkeypatch.setattr(layer, "crop", lambda self, max_length: None)
     assert moved(f"{_LAYER}.crop", parameters="tokens_to_remove") == (
@@ -330,7 +330,7 @@ def test_the_attributes_of_a_cache():
     assert all(type(layer) is kv_cache.PooledLayer for layer in cache.layers)
 
 
-def test_the_permanent_hooks_are_known_as_transformers_own(tiny):
+def test_transformers_permanent_hooks_are_recognized(tiny):
     """Recording leaves a dormant hook on every layer; taken for a user's it would make the model slow for ever."""
     ids = torch.ones(1, 3, dtype=torch.long, device=tiny.device)
     with torch.no_grad():
@@ -341,7 +341,7 @@ def test_the_permanent_hooks_are_known_as_transformers_own(tiny):
     assert not has_hooks(layer), f"transformers {transformers.__version__}: its recording hooks are of {modules} now"
 
 
-def test_accelerates_hooks_are_where_they_are_looked_for():
+def test_accelerate_hook_location():
     import accelerate
 
     layer = nn.Linear(2, 2)
@@ -358,7 +358,7 @@ def in_a_fresh_process(code):
     return result
 
 
-def test_a_class_of_the_same_name_in_transformers_is_left_in_place_and_never_mixed():
+def test_same_named_class_in_transformers_is_untouched():
     """A future release may bring its own. What `transformers` gives then is its class, said once; ours stay reachable under
     `llava15_fast` and by the published model type, and each is either patched or refused as a whole."""
     result = in_a_fresh_process("""

@@ -53,13 +53,13 @@ class Buffers:
     def batch(self) -> int:
         return self.layers[0][0].shape[0]
 
-    def has_room(self, length: int, tokens: int) -> bool:
+    def fits(self, length: int, tokens: int) -> bool:
         """Whether `tokens` in total fit, `length` of them present, and no view of the rows after those was handed out."""
         return tokens <= self.capacity and self.exposed <= length
 
-    def make_room(self, length: int, tokens: int) -> None:
+    def reserve(self, length: int, tokens: int) -> None:
         """Grows layer by layer, so that old and new memory coexist for one layer only."""
-        if self.has_room(length, tokens):
+        if self.fits(length, tokens):
             return
         capacity = max(capacity_for(tokens), self.capacity)
         self.slot.clear()
@@ -226,7 +226,7 @@ class KVPool:
             for index, layer in enumerate(layers):
                 _move(layer, loan, index, length)
         loan.length = length
-        loan.buffers.make_room(length, tokens)
+        loan.buffers.reserve(length, tokens)
         return loan
 
     @staticmethod

@@ -90,7 +90,7 @@ def runtime_of(module: nn.Module) -> Runtime | None:
     return vars(module).get(RUNTIME)
 
 
-def with_room(run: Callable[[], T]) -> T:
+def with_oom_retry(run: Callable[[], T]) -> T:
     """`run()`; on out-of-memory, once more after freeing graphs and idle KV buffers of all models, which only save time."""
     if torch.compiler.is_compiling():
         return run()

@@ -38,7 +38,7 @@ from .guards import FORWARDS, TEXT, Facts, cache_guard, call_guard, is_plain, or
 from .kv_cache import LAYERS, Loan, Pair
 from .layout import Spans, TextLayout, decode_layout, decode_numbers, prompt_layout
 from .request import Request, current
-from .runtime import FastModule, Runtime, runtime_of, with_room
+from .runtime import FastModule, Runtime, runtime_of, with_oom_retry
 
 METHOD = "language_model"
 
@@ -126,8 +126,8 @@ def next_step(module: nn.Module, request: Request, call: TextCall) -> Step | Non
         return None
     if past < getattr(request.padding, "length", 0):  # a chunk of the prompt, which may contain padding
         return None
-    if not buffers.has_room(past, past + length):
-        with_room(lambda: buffers.make_room(past, past + length))
+    if not buffers.fits(past, past + length):
+        with_oom_retry(lambda: buffers.reserve(past, past + length))
     numbers, positions = decode_numbers(request.starts, past, length, buffers.capacity), _position_ids(call, past)
     return Step(request.facts(TEXT, module), call.cache, call.use_cache is not False, loan, positions, numbers=numbers)
 
@@ -152,7 +152,7 @@ def first_step(module: nn.Module, runtime: Runtime, request: Request, call: Text
     loan = None
     if cache is not None:
         like = facts.weight.new_empty((batch, 0, config.num_key_value_heads, config.head_dim))
-        loan = with_room(lambda: runtime.pool.borrow(cache, n_layers, like, past + length))
+        loan = with_oom_retry(lambda: runtime.pool.borrow(cache, n_layers, like, past + length))
     # Maximum number of new tokens per prompt for split-KV attention.
     most_tokens = max_rows(config.head_dim, facts.weight.dtype) // (config.num_attention_heads // config.num_key_value_heads)
     request.begin(cache, loan, [start for start, _ in tokens.spans], most_tokens)
@@ -230,11 +230,11 @@ def execute(module: nn.Module, runtime: Runtime, call: TextCall, step: Step) -> 
     hidden_states = None if step.numbers is None else _replay(module, runtime, step, embeds)
     if hidden_states is None:
         backend = runtime.record.run(METHOD, runtime.backend_on(embeds.device))
-        layout, storages = step.layout, None if step.loan is None else step.loan.buffers.layers
+        layout, kv_buffers = step.layout, None if step.loan is None else step.loan.buffers.layers
         if layout is None:
             layout = decode_layout(step.position_ids, send(step.numbers, embeds.device), len(embeds))
         shape = None if step.facts.plain or layout.rows is not None else tuple(embeds.shape[:2])
-        hidden_states = with_room(functools.partial(run_layers, module, embeds, layout, storages, backend, shape))
+        hidden_states = with_oom_retry(functools.partial(run_layers, module, embeds, layout, kv_buffers, backend, shape))
     if step.loan is not None:
         step.loan.advance(embeds.shape[1])
     return hidden_states
@@ -245,10 +245,10 @@ def _replay(module: nn.Module, runtime: Runtime, step: Step, embeds: torch.Tenso
     batch, length = embeds.shape[:2]
     if length != 1 or not runtime.can_capture(embeds.device) or step.facts.fingerprint is None:
         return None
-    backend, storages = runtime.backend_on(embeds.device), step.loan.buffers.layers
+    backend, kv_buffers = runtime.backend_on(embeds.device), step.loan.buffers.layers
 
     def run(embeds: torch.Tensor, position_ids: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        return run_layers(module, embeds, decode_layout(position_ids, numbers, batch), storages, backend)
+        return run_layers(module, embeds, decode_layout(position_ids, numbers, batch), kv_buffers, backend)
 
     # Pinned, because copies from pageable memory may synchronize.
     numbers = step.numbers.pin_memory() if embeds.device.type == "cuda" else step.numbers
@@ -261,13 +261,13 @@ def _replay(module: nn.Module, runtime: Runtime, step: Step, embeds: torch.Tenso
 
 
 def run_layers(
-    module: nn.Module, embeds: torch.Tensor, layout: TextLayout, storages: Sequence[Pair] | None, backend: str,
+    module: nn.Module, embeds: torch.Tensor, layout: TextLayout, kv_buffers: Sequence[Pair] | None, backend: str,
     shape: tuple[int, int] | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """(B, L, width) -> (B, L, width) after the last norm, with zeros at padding.
 
     Args:
-        storages: keys and values of every layer, (B, capacity, kv_heads, head_dim).
+        kv_buffers: keys and values of every layer, (B, capacity, kv_heads, head_dim).
         shape: (B, L) if linear layers must be given transformers' shape because of a hook or adapter.
     """
     x = embeds.flatten(0, 1)
@@ -279,7 +279,7 @@ def run_layers(
     normed, residual = run.norm(layers[0].input_layernorm, x), x
     for layer, next_norm in zip(layers, norms, strict=True):
         attention, mlp = layer.self_attn, layer.mlp
-        attended = run.attend(attention, normed, None if storages is None else storages[attention.layer_idx])
+        attended = run.attend(attention, normed, None if kv_buffers is None else kv_buffers[attention.layer_idx])
         (x,) = run.project(attended, attention.o_proj)
         normed, residual = run.norm(layer.post_attention_layernorm, x, residual)
         (x,) = run.project(run.gated(mlp, normed), mlp.down_proj)
@@ -315,29 +315,29 @@ class Run:
             return nn.functional.silu(gate, inplace=True).mul_(up)
         return silu_and_mul(gate, up, backend=self.backend)
 
-    def attend(self, attention: nn.Module, normed: torch.Tensor, storage: Pair | None) -> torch.Tensor:
+    def attend(self, attention: nn.Module, normed: torch.Tensor, kv_buffer: Pair | None) -> torch.Tensor:
         """(T, width) -> (T, heads * head_dim): projections, QK norm, RoPE, cache update, attention."""
         layout, backend, head_dim = self.layout, self.backend, attention.head_dim
         projected = self.project(normed, attention.q_proj, attention.k_proj, attention.v_proj)
         q, k, v = (x.view(1, -1, n, head_dim) for x, n in zip(projected, self.heads, strict=True))
         norms = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon
-        keys, values = (k[0], v[0]) if storage is None else (side.flatten(0, 1) for side in storage)
+        keys, values = (k[0], v[0]) if kv_buffer is None else (side.flatten(0, 1) for side in kv_buffer)
         if backend == "torch":
             q, k = norm_and_rotate(q, k, *norms, *self.rope)
-            if storage is not None:
+            if kv_buffer is not None:
                 write_rows(keys, values, layout.slots, k, v)
         else:
             *angles, scaling = self.rope
-            cache = {} if storage is None else {"v": v, "k_cache": keys, "v_cache": values, "slot_mapping": layout.slots}
+            cache = {} if kv_buffer is None else {"v": v, "k_cache": keys, "v_cache": values, "slot_mapping": layout.slots}
             q = qk_norm_rope(q, k, *norms, *angles, attention_scaling=scaling, backend=backend, **cache)
-            if storage is None:
+            if kv_buffer is None:
                 q, k = q
         options = {"softmax_scale": attention.scaling, "causal": True, "backend": backend}
         if layout.cache_seqlens is not None:
             options |= {"cache_seqlens": layout.cache_seqlens, "cache_leftpad": layout.cache_leftpad}
-            attended = flash_attn_with_kvcache(q.view(self.batch, -1, self.heads[0], head_dim), *storage, **options)
+            attended = flash_attn_with_kvcache(q.view(self.batch, -1, self.heads[0], head_dim), *kv_buffer, **options)
         else:
-            keys = k[0] if storage is None else keys
+            keys = k[0] if kv_buffer is None else keys
             covered = keys[: layout.total_k], values[: layout.total_k]
             attended = flash_attn_varlen_func(q[0], *covered, *layout.segments, **options)
         return attended.view(normed.shape[0], -1)

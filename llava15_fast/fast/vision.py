@@ -27,7 +27,7 @@ from ..model.modeling import LlavaOnevision1_5VisionModel, VisionLayout
 from . import limits
 from .guards import EMBED, ENCODE, MERGE, Facts, Table, call_guard, original, stands_for
 from .request import as_request, current
-from .runtime import FastModule, Runtime, runtime_of, with_room
+from .runtime import FastModule, Runtime, runtime_of, with_oom_retry
 
 METHODS = {name: getattr(LlavaOnevision1_5VisionModel, name) for name in ("embed_patches", "encode", "merge_patches")}
 
@@ -60,7 +60,7 @@ class FastVisionModel(FastModule, LlavaOnevision1_5VisionModel):
                 return replayed
         backend = runtime.record.run("visual.encode", runtime.backend_on(hidden_states.device))
         sizes = layout.position_ids, layout.cu_seqlens, layout.max_seqlen
-        return with_room(functools.partial(run_blocks, self, hidden_states, *sizes, backend))
+        return with_oom_retry(functools.partial(run_blocks, self, hidden_states, *sizes, backend))
 
     def merge_patches(self, hidden_states: torch.Tensor, layout: VisionLayout) -> tuple[torch.Tensor, torch.Tensor]:
         runtime, _ = _enter(self, "merge_patches", MERGE, hidden_states)

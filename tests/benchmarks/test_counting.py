@@ -120,4 +120,4 @@ def test_a_prompt_of_the_real_model():
         layers = model.config.text_config.num_hidden_layers
         assert logits.shape[:2] == (1, 1)
         assert counted.tally["aten::mm"] == 7 * layers + 1 and counted.tally["llava15::flash_attn_varlen"] == layers
-        assert counted.launches <= 12 * layers + 8 + 2 * layers  # the cache's storages are made and zeroed here
+        assert counted.launches <= 12 * layers + 8 + 2 * layers  # the cache's KV buffers are made and zeroed here

@@ -57,7 +57,7 @@ def test_vision_tower_compiles_to_one_graph(patched, device):
     assert kernels_in(counter), "not the original"
 
 
-def test_a_users_own_compile_of_the_whole_model(patched, prompts):
+def test_user_compiles_the_whole_model(patched, prompts):
     """With a cache and with `generate`: graphs may break, answers may not."""
     inputs = prompts["one_image"]
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

@@ -27,7 +27,7 @@ def fails_at(function, call, error):
 
 
 @pytest.mark.parametrize("call", [0])
-def test_no_memory_for_the_cache(tiny, prompt, monkeypatch, call):
+def test_out_of_memory_for_the_cache(tiny, prompt, monkeypatch, call):
     expected = tiny.generate(**prompt, **OPTIONS)
     llava15_fast.patch(tiny, "torch")
     monkeypatch.setattr(runtime, "_living", weakref.WeakSet())  # other tests' models, whose graphs would be freed
@@ -41,7 +41,7 @@ def test_no_memory_for_the_cache(tiny, prompt, monkeypatch, call):
     "error", [RuntimeError("no such kernel"), KeyboardInterrupt(), torch.OutOfMemoryError("full")], ids=repr
 )
 @pytest.mark.parametrize("call", [0, 4, 11])
-def test_an_error_in_the_middle_of_decoding(tiny, prompt, monkeypatch, call, error):
+def test_error_while_decoding(tiny, prompt, monkeypatch, call, error):
     expected = tiny.generate(**prompt, **OPTIONS)
     llava15_fast.patch(tiny, "torch", cuda_graph=False)
     monkeypatch.setattr(runtime, "_living", weakref.WeakSet())
@@ -51,7 +51,7 @@ def test_an_error_in_the_middle_of_decoding(tiny, prompt, monkeypatch, call, err
     assert torch.equal(tiny.generate(**prompt, **OPTIONS), expected)
 
 
-def test_a_cache_goes_on_after_a_failed_step(tiny, prompt, monkeypatch):
+def test_cache_is_usable_after_a_failed_step(tiny, prompt, monkeypatch):
     """What a step wrote before it failed does not count."""
     llava15_fast.patch(tiny, "torch")
     step = torch.tensor([[7]], device=tiny.device)
@@ -67,7 +67,7 @@ def test_a_cache_goes_on_after_a_failed_step(tiny, prompt, monkeypatch):
         assert torch.equal(again, tiny(input_ids=step, past_key_values=fresh).logits)
 
 
-def test_a_prompt_longer_than_the_model_knows(tiny):
+def test_prompt_longer_than_max_position_embeddings(tiny):
     """As eager: positions go on, transformers warns."""
     tiny.config.text_config.max_position_embeddings = 16
     ids = torch.randint(5, 480, (1, 40), device=tiny.device)
@@ -89,7 +89,7 @@ def test_a_static_cache_that_is_too_small(tiny, prompt):
     assert torch.equal(tiny.generate(**prompt, **OPTIONS), answer)
 
 
-def test_a_cache_of_other_prompts_is_named(tiny, prompt):
+def test_cache_of_another_batch_size_raises(tiny, prompt):
     llava15_fast.patch(tiny, "torch")
     with torch.no_grad():
         cache = tiny(**prompt, use_cache=True).past_key_values

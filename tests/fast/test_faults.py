@@ -130,7 +130,7 @@ def test_arrays(processor, size):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 3), (3, 40), (40, 3), (4, 9), (40, 1)], ids=str)
-def test_arrays_whose_shape_does_not_tell(processor, size):
+def test_ambiguous_array_layouts(processor, size):
     rgb = random_rgb(*size)
     for array, channels in ((rgb, "channels_last"), (np.moveaxis(rgb, -1, 0), "channels_first")):
         equal(processor, array, rgb, input_data_format=channels)
@@ -265,7 +265,7 @@ def test_text_prompts(processor):
             refused(lambda call=call: processor(**call), f"{prompts} .*placeholders in the text, but {images}")
 
 
-def test_texts_that_are_none(processor):
+def test_non_string_prompts(processor):
     for prompt, match in [([], "empty list"), ([None], "NoneType"), ([["a"]], "list"), (3, "int"), (b"a", "bytes")]:
         refused(lambda prompt=prompt: processor(text=prompt), match)
     for image in (Image.new("RGB", (0, 5)), Image.new("L", (0, 0))):
@@ -340,7 +340,7 @@ def outcome(call):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="an index that is out of range ends a process on a GPU")
 @pytest.mark.parametrize("name", STRANGE_CALLS)
-def test_strange_calls_have_eagers_answer_or_error(tiny, prompts, name):
+def test_unusual_calls_match_eager_or_raise(tiny, prompts, name):
     inputs = prompts["one_image"]
     call = {
         key: value.to(tiny.device) if isinstance(value, torch.Tensor) else value
@@ -366,7 +366,7 @@ def test_strange_calls_have_eagers_answer_or_error(tiny, prompts, name):
             assert ours is theirs, what
 
 
-def test_what_is_no_tensor_is_named(tiny, golden):
+def test_non_tensors_are_named(tiny, golden):
     inputs = golden["one_image"][0]
     for key, value, match in [
         ("image_grid_thw", inputs["image_grid_thw"].tolist(), "grid_thw is a list, expected a tensor"),
@@ -421,7 +421,7 @@ def test_tensors_of_a_wrong_shape_are_named(folder, shape):
 @pytest.mark.parametrize(
     "name", ["../a.safetensors", "/tmp/a.safetensors", "x/../../a.safetensors", "a.safetensors/..", "..", ""]
 )
-def test_an_index_that_leaves_its_folder(folder, name):
+def test_index_with_path_traversal(folder, name):
     sharded(folder)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     index["weight_map"]["lm_head.weight"] = name
@@ -430,7 +430,7 @@ def test_an_index_that_leaves_its_folder(folder, name):
     refused(lambda: load(folder), r"expected a file of the same folder|is missing", OSError)
 
 
-def test_other_ways_out_of_a_folder(folder):
+def test_other_path_traversal(folder):
     """A subfolder, a variant, and the model that an adapter's folder names."""
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(load(folder), peft.LoraConfig(target_modules=["q_proj"]))
@@ -457,7 +457,7 @@ def test_other_ways_out_of_a_folder(folder):
         refused(lambda: model_class.from_pretrained(folder.parent / "adapter"), r"adapter_config\.json", OSError)
 
 
-def test_a_variant_that_is_sound(folder):
+def test_valid_variant(folder):
     (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
     assert load(folder, variant="fp16").lm_head.weight.isfinite().all()
 
@@ -544,7 +544,7 @@ def traces(model):
 
 
 @pytest.mark.parametrize("step", range(4))
-def test_control_c_in_the_middle_of_patch(tiny, prompts, monkeypatch, step):
+def test_interrupt_during_patch(tiny, prompts, monkeypatch, step):
     """At every change of a class."""
     inputs = prompts["one_image"]
     with torch.no_grad():
@@ -599,7 +599,7 @@ def interrupted_at(line, call):
 
 
 @pytest.mark.parametrize("what", ["unpatch", "patch with other options"])
-def test_control_c_at_any_line_leaves_a_model_that_answers(tiny, prompts, what):
+def test_interrupt_at_any_line_leaves_a_working_model(tiny, prompts, what):
     """Whole or half undone it answers, and `patch` and `unpatch` go on from there."""
     inputs = prompts["one_image"]
     with torch.no_grad():
@@ -631,7 +631,7 @@ def test_control_c_at_any_line_leaves_a_model_that_answers(tiny, prompts, what):
 
 
 @pytest.mark.parametrize("call", [0, 3, 7])
-def test_control_c_in_the_middle_of_generate(tiny, prompts, monkeypatch, call):
+def test_interrupt_during_generate(tiny, prompts, monkeypatch, call):
     inputs = prompts["one_image"]
     expected = tiny.generate(**inputs, **GREEDY)
     handle = llava15_fast.patch(tiny, "torch")
@@ -651,7 +651,7 @@ def test_control_c_in_the_middle_of_generate(tiny, prompts, monkeypatch, call):
     assert torch.equal(tiny.generate(**inputs, **GREEDY), expected) and not traces(tiny)
 
 
-def test_a_kernel_that_fails_is_an_error_and_no_answer(tiny, prompts, monkeypatch):
+def test_failing_kernel_raises(tiny, prompts, monkeypatch):
     """Nothing runs on half the kernels: what the compiler says comes out, and the next call, or `unpatch`, is right."""
     inputs = prompts["one_image"]
     with torch.no_grad():
@@ -675,7 +675,7 @@ def test_a_kernel_that_fails_is_an_error_and_no_answer(tiny, prompts, monkeypatc
     [OutOfResources(300_000, 232_448, "shared memory"), PTXASError("ptxas fatal: no such target"), OSError("read-only cache")],
     ids=lambda error: type(error).__name__,
 )
-def test_a_kernel_that_cannot_be_compiled_is_named(tiny, prompts, monkeypatch, error):
+def test_compile_error_names_the_kernel(tiny, prompts, monkeypatch, error):
     """With what Triton says, and what to do; the next call is right."""
     prompt = prompts["text"]
     expected = tiny.generate(**prompt, **GREEDY)
@@ -713,7 +713,7 @@ assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), expec
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"})
 
 
-def test_what_compiling_into_an_unwritable_cache_says(tmp_path):
+def test_unwritable_cache_error_message(tmp_path):
     """A GPU's first call, without one: Triton's error names the folder, as `llava15-fast env` does."""
     (tmp_path / "file").touch()
     (tmp_path / "program.py").write_text("""

@@ -406,7 +406,7 @@ LOOKUP, SAMPLED = {"prompt_lookup_num_tokens": 2}, {"eos_token_id": SOME, "do_sa
         ("text_batch_left_pad", SAMPLED, "triton"),
     ],
 )
-def test_several_turns_on_the_returned_cache(tiny, prompts, case, options, backend):
+def test_multi_turn_on_the_returned_cache(tiny, prompts, case, options, backend):
     prompt = prompts[case]
     if backend == "triton":
         shortened(tiny, 1)
@@ -431,7 +431,7 @@ def test_several_turns_on_the_returned_cache(tiny, prompts, case, options, backe
         assert not language_model(handle).fallbacks
 
 
-def test_one_prefix_and_several_questions(tiny, prompts):
+def test_shared_prefix_with_several_questions(tiny, prompts):
     """The usual prefix caching: a deep copy of one filled cache per question, also in inference mode."""
     prefix = prompts["one_image"]
     questions = torch.randint(5, 490, (3, 4), device=tiny.device)
@@ -450,7 +450,7 @@ def test_one_prefix_and_several_questions(tiny, prompts):
     assert_same(found, expected)
 
 
-def test_a_cache_that_holds_more_than_the_prompt(tiny, prompts):
+def test_cache_longer_than_the_prompt(tiny, prompts):
     """Nothing to rely on, but no reason to differ: the mask that transformers makes is shorter than the cache then."""
     other = torch.arange(5, 25, device=tiny.device)[None]
 
@@ -464,7 +464,7 @@ def test_a_cache_that_holds_more_than_the_prompt(tiny, prompts):
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["patched-first", "unpatched-first"])
-def test_a_cache_goes_from_patched_to_unpatched_and_back(tiny, golden, first):
+def test_cache_moves_between_patched_and_unpatched(tiny, golden, first):
     ids = golden["text"][0]["input_ids"]
 
     def turns(patched):
@@ -480,7 +480,7 @@ def test_a_cache_goes_from_patched_to_unpatched_and_back(tiny, golden, first):
     assert torch.equal(turns(first), turns(None))
 
 
-def test_hooks_are_called_as_often(tiny, way):
+def test_hooks_are_called_as_often_as_unpatched(tiny, way):
     text = tiny.model.language_model
     heard = {
         "model": tiny,
@@ -515,7 +515,7 @@ def test_hooks_are_called_as_often(tiny, way):
             hook.remove()
 
 
-def test_a_hook_that_changes_the_output_is_obeyed(tiny, way):
+def test_hook_that_changes_the_output(tiny, way):
     plain = tiny.generate(**way.prompt, **PLAIN)
     for module in (tiny.model.language_model.layers[0].self_attn.k_proj, tiny.model.language_model.norm, tiny.lm_head):
         hook = module.register_forward_hook(lambda module, args, output: output.flip(-1))
@@ -585,7 +585,7 @@ def test_two_threads_on_one_model(tiny, prompts):
     ],
     ids=["deepcopy", "pickle", "to", "double-float", "train", "eval", "frozen", "unpatch", "patch-again"],
 )
-def test_the_answer_after_a_change(tiny, way, change):
+def test_answer_after_a_model_change(tiny, way, change):
     """Between two calls; the weights stay the same."""
     expected = tiny.generate(**way.prompt, **PLAIN)
     llava15_fast.patch(tiny, way.backend)
@@ -594,7 +594,7 @@ def test_the_answer_after_a_change(tiny, way, change):
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_other_weights_give_the_other_answer(tiny, way, assign):
+def test_other_weights_change_the_answer(tiny, way, assign):
     prompt = way.prompt
     other = copy.deepcopy(tiny)
     for parameter in other.parameters():
@@ -619,7 +619,7 @@ def test_half_precision_runs(tiny, prompts, dtype, first):
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("place", ["logits_processor", "stopping_criteria", "streamer", "hook"])
-def test_the_call_after_an_interrupted_one(tiny, prompts, place, error):
+def test_call_after_an_interrupted_one(tiny, prompts, place, error):
     calls = iter(range(99))
 
     def third_fails(result):
@@ -649,7 +649,7 @@ def test_the_call_after_an_interrupted_one(tiny, prompts, place, error):
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_every_kind_of_context(tiny, prompts, context):
+def test_autograd_contexts(tiny, prompts, context):
     """`generate` needs no gradient by itself, so the kernels run."""
 
     def generate(model):
@@ -664,7 +664,7 @@ def test_every_kind_of_context(tiny, prompts, context):
     assert not language_model(handle).fallbacks
 
 
-def test_hidden_states_once_do_not_make_it_slow_for_ever(tiny, way):
+def test_hidden_states_once_do_not_disable_the_fast_path(tiny, way):
     prompt = way.prompt
     handle = llava15_fast.patch(tiny, way.backend)
     tiny.generate(**prompt, **PLAIN, return_dict_in_generate=True, output_hidden_states=True)

@@ -43,7 +43,7 @@ def test_a_quantized_cache(tiny, prompt):
     assert torch.equal(tiny.generate(**prompt, **options), expected)
 
 
-def test_it_ends_where_eager_ends(tiny, prompt):
+def test_eos_stops_where_eager_stops(tiny, prompt):
     """The host looks late whether all sequences have ended; nothing of what was computed since then may show."""
     ids = tiny.generate(**prompt, **OPTIONS)[0, prompt["input_ids"].shape[1] :]
     for eos in ids[[2, 5, 6]].tolist():
@@ -55,7 +55,7 @@ def test_it_ends_where_eager_ends(tiny, prompt):
         assert found.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
 
 
-def test_memory_stays_where_it_is(tiny, prompt):
+def test_memory_does_not_grow(tiny, prompt):
     llava15_fast.patch(tiny)
     for _ in range(3):  # until everything is captured that will be
         tiny.generate(**prompt, **OPTIONS)
@@ -71,7 +71,7 @@ def test_memory_stays_where_it_is(tiny, prompt):
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
 @pytest.mark.parametrize("how", [{"do_sample": False}, {"do_sample": True, "temperature": 0.7, "top_k": 20}])
-def test_an_answer_waits_for_nothing_behind_the_vision_tower(tiny, prompts, monkeypatch, cuda_graph, how):
+def test_no_sync_after_the_vision_tower(tiny, prompts, monkeypatch, cuda_graph, how):
     """To the last token; the grids and the mask with its padding are read before."""
     prompt = prompts["batch_left_pad"]
     options = {**OPTIONS, **how}
@@ -98,7 +98,7 @@ def test_an_answer_waits_for_nothing_behind_the_vision_tower(tiny, prompts, monk
     assert finished == [OPTIONS["max_new_tokens"]]
 
 
-def test_a_step_waits_for_nothing(tiny, prompt):
+def test_decode_step_does_not_sync(tiny, prompt):
     """No copy to the host and no synchronisation in a decode step without padding, graph or not."""
     for cuda_graph in (False, True):
         llava15_fast.patch(tiny, cuda_graph=cuda_graph)

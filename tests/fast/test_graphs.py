@@ -141,7 +141,7 @@ def test_beams_reorder_the_cache_in_place(patched, prompts):
     assert torch.equal(ids, eager(model, prompts["one_image"], max_new_tokens=8, num_beams=3))
 
 
-def test_a_second_request_replays_the_first_ones_graph(patched, prompts):
+def test_second_request_replays_the_first_graph(patched, prompts):
     model, handle = patched
     first = model.generate(**prompts["one_image"], max_new_tokens=6, **OPTIONS)
     gc.collect()
@@ -154,7 +154,7 @@ def test_a_second_request_replays_the_first_ones_graph(patched, prompts):
     assert torch.equal(second, eager(model, prompts["two_images"], max_new_tokens=6))
 
 
-def test_a_cache_that_is_still_used_keeps_its_storages(patched, prompts):
+def test_live_cache_keeps_its_buffers(patched, prompts):
     """Two conversations at once: the second must not write into the first one's cache."""
     model, _ = patched
     options = {"max_new_tokens": 5, "return_dict_in_generate": True, **OPTIONS}
@@ -169,7 +169,7 @@ def test_a_cache_that_is_still_used_keeps_its_storages(patched, prompts):
     assert torch.equal(second.sequences, eager(model, prompts["one_image"], max_new_tokens=5))
 
 
-def test_outputs_are_the_callers(patched, prompts):
+def test_outputs_belong_to_the_caller(patched, prompts):
     model, _ = patched
     options = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 7, **OPTIONS}
     found = model.generate(**prompts["text"], **options).logits
@@ -191,7 +191,7 @@ def test_hidden_states_of_one_step_survive_the_next(patched, prompts):
     assert all(torch.equal(output, kept) for output, kept in zip(outputs, copies, strict=False))
 
 
-def test_new_weights_are_captured_anew(patched, prompts):
+def test_new_weights_are_recaptured(patched, prompts):
     model, _ = patched
     model.generate(**prompts["text"], max_new_tokens=6, **OPTIONS)
     state = {name: value * 1.3 for name, value in model.state_dict().items()}
@@ -263,7 +263,7 @@ def test_a_weight_of_another_shape_at_the_same_address(patched, prompts):
     ],
     ids=["norms", "last norm", "scaling", "rope", "vision norm", "vision scaling"],
 )
-def test_numbers_that_a_graph_has_fixed(patched, prompts, change):
+def test_changed_scalars_are_recaptured(patched, prompts, change):
     model, _ = patched
     inner = model.model
 
@@ -280,7 +280,7 @@ def test_numbers_that_a_graph_has_fixed(patched, prompts, change):
     assert (found - before).abs().max() > 1e-2
 
 
-def test_a_kept_layer_of_a_cache_that_is_gone_stays_as_it_is(patched, prompts):
+def test_layer_kept_from_a_dead_cache_does_not_change(patched, prompts):
     model, _ = patched
     out = model.generate(**prompts["text"], max_new_tokens=6, return_dict_in_generate=True, **OPTIONS)
     layer = out.past_key_values.layers[-1]
@@ -292,7 +292,7 @@ def test_a_kept_layer_of_a_cache_that_is_gone_stays_as_it_is(patched, prompts):
     assert all(map(torch.equal, lent(layer), kept))
 
 
-def test_lent_storages_are_empty(patched, prompts):
+def test_borrowed_buffers_are_zeroed(patched, prompts):
     """What padding leaves unwritten is read, with a weight of 0, where transformers' own attention runs on them."""
     model, _ = patched
     model.generate(**prompts["batch_left_pad"], max_new_tokens=6, **OPTIONS)
@@ -356,13 +356,13 @@ def test_a_step_runs_once_before_it_is_captured(patched, prompts, monkeypatch):
     assert seen[place - 1] == seen[place + 1] and "capture" not in seen[place + 1 :]
 
 
-def test_a_growing_cache_is_captured_anew(patched, prompts, monkeypatch):
+def test_grown_cache_is_recaptured(patched, prompts, monkeypatch):
     monkeypatch.setattr("llava15_fast.fast.limits.KV_BLOCK", 8)
     monkeypatch.setattr("llava15_fast.fast.limits.KV_HEADROOM", 0)
     model, handle = patched
     ids = model.generate(**prompts["text"], max_new_tokens=30, **OPTIONS)
     assert replays(handle) > 20
-    assert len(captured(runtime_of(model))) == 1  # nobody comes back to a storage that was left
+    assert len(captured(runtime_of(model))) == 1  # no graph is captured on buffers that were given up
     assert torch.equal(ids, eager(model, prompts["text"], max_new_tokens=30))
 
 
@@ -376,7 +376,7 @@ def test_the_number_of_graphs_is_bounded(patched, prompts):
     assert len(captured(runtime_of(model))) == len(runtime_of(model).pool.idle) == limits.IDLE_BUFFERS
 
 
-def test_a_projection_of_another_kind_is_not_captured(patched, prompts):
+def test_custom_projection_is_not_captured(patched, prompts):
     """An adapter may be switched between two steps; a graph would not notice."""
     model, handle = patched
     model.model.language_model.layers[0].self_attn.o_proj = torch.nn.Sequential(
@@ -396,7 +396,7 @@ def test_graphs_can_be_switched_off(patched, prompts):
     assert not runtime_of(model).cuda_graph
 
 
-def test_unpatch_frees_them(patched, prompts):
+def test_unpatch_frees_the_graphs(patched, prompts):
     model, _ = patched
     model.generate(**prompts["text"], max_new_tokens=5, **OPTIONS)
     runtime = runtime_of(model)
@@ -420,7 +420,7 @@ def test_a_copy_captures_its_own(patched, prompts, clone):
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("no memory"), RuntimeError("operation not permitted when stream is capturing")]
 )
-def test_after_a_capture_that_failed_nothing_is_captured_again(patched, prompts, monkeypatch, caplog, error):
+def test_no_capture_after_a_failed_one(patched, prompts, monkeypatch, caplog, error):
     tried = []
 
     def fail(self, step, pool):
@@ -464,7 +464,7 @@ def cuda(monkeypatch):
     return Graph
 
 
-def test_a_capture_says_what_went_wrong(cuda):
+def test_failed_capture_logs_the_error(cuda):
     """torch's error at the end of a spoilt capture is not the one that spoilt it."""
 
     def fail():
@@ -494,7 +494,7 @@ def test_a_capture_says_what_went_wrong(cuda):
     assert capture(lambda: "output") == "output" and cuda.said == ["begin", "end"] and gc.isenabled()
 
 
-def test_graphs_are_given_up_where_memory_runs_out(patched, prompts, monkeypatch, caplog):
+def test_graphs_are_freed_on_out_of_memory(patched, prompts, monkeypatch, caplog):
     """A prompt that does not fit beside them is answered, and eager's answer."""
     model, _ = patched
     model.generate(**prompts["text"], max_new_tokens=5, **OPTIONS)
@@ -512,7 +512,7 @@ def test_graphs_are_given_up_where_memory_runs_out(patched, prompts, monkeypatch
     assert torch.equal(ids, eager(model, prompts["two_images"], max_new_tokens=1))
 
 
-def test_a_pool_is_not_used_again_after_its_last_graph(patched, prompts, monkeypatch):
+def test_memory_pool_is_not_reused_after_its_last_graph(patched, prompts, monkeypatch):
     """Images of new sizes push out the graphs of the old ones, before any of theirs is captured."""
     monkeypatch.setattr("llava15_fast.fast.limits.VISION_GRAPHS", 1)
     model, handle = patched
@@ -526,7 +526,7 @@ def test_a_pool_is_not_used_again_after_its_last_graph(patched, prompts, monkeyp
     assert replays(handle, "visual.encode") == 2
 
 
-def test_storages_of_requests_that_are_over_make_room_for_a_new_one(patched, prompts, monkeypatch):
+def test_idle_buffers_are_freed_for_a_new_request(patched, prompts, monkeypatch):
     model, _ = patched
     model.generate(**prompts["text"], max_new_tokens=5, **OPTIONS)
     gc.collect()
@@ -546,7 +546,7 @@ def test_storages_of_requests_that_are_over_make_room_for_a_new_one(patched, pro
     assert failed and torch.equal(ids, eager(model, {"inputs": batch}, max_new_tokens=5))
 
 
-def test_a_cache_that_moves_does_not_hold_its_old_storages(patched, prompts, monkeypatch):
+def test_moved_cache_frees_its_old_buffers(patched, prompts, monkeypatch):
     monkeypatch.setattr("llava15_fast.fast.limits.KV_BLOCK", 8)
     monkeypatch.setattr("llava15_fast.fast.limits.KV_HEADROOM", 0)
     model, _ = patched
@@ -554,7 +554,7 @@ def test_a_cache_that_moves_does_not_hold_its_old_storages(patched, prompts, mon
     seen, held, zeros = [], [], kv_cache._zeros
 
     def count(like, capacity):
-        seen.append(sum(not storage.expired() for storage in held))
+        seen.append(sum(not buffers.expired() for buffers in held))
         pair = zeros(like, capacity)
         held.append(StorageWeakRef(pair[0].untyped_storage()))
         return pair
@@ -584,7 +584,7 @@ def features(model, prompt):
 
 
 @pytest.mark.parametrize("case", ["one_image", "two_images"])
-def test_images_of_a_size_that_comes_again(patched, prompts, case):
+def test_recurring_image_sizes_are_replayed(patched, prompts, case):
     model, handle = patched
     prompt = prompts[case]
     found = [features(model, prompt) for _ in range(4)]
@@ -628,7 +628,7 @@ def test_large_images_and_changed_weights_run_without_the_old_graph(patched, pro
     torch.testing.assert_close(found, features(model, prompt), rtol=0, atol=1e-4)
 
 
-def test_mixed_sizes_do_not_push_each_other_out(patched):
+def test_mixed_image_sizes_do_not_evict_each_other(patched):
     """Each is counted while others come between, and what is captured stays."""
     model, handle = patched
 
@@ -642,7 +642,7 @@ def test_mixed_sizes_do_not_push_each_other_out(patched):
     assert replays(handle, "visual.encode") == 2 * len(sizes)
 
 
-def test_cropping_does_not_cost_the_graph_its_storages(patched, prompts):
+def test_crop_keeps_the_captured_buffers(patched, prompts):
     """The loop crops what came after the end; the next request still replays."""
     model, handle = patched
     out = model.generate(**prompts["text"], max_new_tokens=6, return_dict_in_generate=True, **OPTIONS)

@@ -166,7 +166,7 @@ def test_tokens_do_not_move_the_buffers_until_they_are_full():
     assert moves == [9, 17, 25, 33]  # each block holds 8, and growing leaves room for 2 more at least
 
 
-def test_a_prompt_gets_its_room_at_once():
+def test_prompt_capacity_is_reserved_at_once():
     shape = 1, 16, HEADS, HEAD_DIM  # 8 would be full in a moment
     assert write_in_place(DynamicCache(), 1, 7).buffers.layers[0][0].shape == shape
     cache = DynamicCache()
@@ -175,7 +175,7 @@ def test_a_prompt_gets_its_room_at_once():
     assert {side.shape for pair in loan.buffers.layers for side in pair} == {(1, 48, HEADS, HEAD_DIM)}
 
 
-def test_an_update_has_tensors_of_its_own_until_the_next_borrowing():
+def test_update_keeps_own_tensors_until_next_borrow():
     cache, stock = DynamicCache(), DynamicCache()
     loan = write_in_place(cache, 2, 3, stock)
     update([cache, stock], 2, 2)
@@ -184,7 +184,7 @@ def test_an_update_has_tensors_of_its_own_until_the_next_borrowing():
     assert_equal(cache, stock)
 
 
-def test_cropping_keeps_the_buffers_and_what_follows_overwrites():
+def test_crop_keeps_buffers_and_later_tokens_overwrite():
     cache, stock = pooled(2), DynamicCache()
     write_in_place(cache, 2, 4, stock)
     before = addresses(cache)
@@ -254,7 +254,7 @@ def test_beams_stay_in_their_buffers():
 )
 @pytest.mark.parametrize("cropped", [False, True], ids=["whole", "cropped"])
 @both_ways
-def test_what_was_read_before_does_not_change(change, cropped, follow):
+def test_handed_out_views_never_change(change, cropped, follow):
     """Keys and values that someone keeps are theirs, as with transformers' own cache."""
     cache = pooled(2)
     write_in_place(cache, 2, 5 + cropped)
@@ -268,7 +268,7 @@ def test_what_was_read_before_does_not_change(change, cropped, follow):
 
 
 @both_ways
-def test_reset_and_again_with_other_prompts(follow):
+def test_reset_then_other_prompts(follow):
     cache = pooled(2)
     write_in_place(cache, 2, 5)
     cache.reset()
@@ -279,7 +279,7 @@ def test_reset_and_again_with_other_prompts(follow):
 
 
 @both_ways
-def test_an_empty_cache_takes_other_prompts(follow):
+def test_empty_cache_accepts_another_batch(follow):
     cache, stock = pooled(2), DynamicCache()
     follow(cache, 3, 4, stock)
     assert_equal(cache, stock)
@@ -296,7 +296,7 @@ def test_early_initialization(follow):
 
 
 @pytest.mark.parametrize("again", [pickle.dumps, copy.deepcopy], ids=["pickle", "deepcopy"])
-def test_copies_are_plain(again):
+def test_copies_are_dynamic_layers(again):
     cache, stock = DynamicCache(), DynamicCache()
     loan = write_in_place(cache, 2, 5, stock)
     copied = again(cache)
@@ -307,7 +307,7 @@ def test_copies_are_plain(again):
     assert_equal(copied, stock)
 
 
-def test_another_number_of_prompts_is_refused_and_nothing_is_written():
+def test_wrong_batch_size_raises_and_writes_nothing():
     cache, stock = pooled(2), DynamicCache()
     write_in_place(cache, 2, 5, stock)
     with pytest.raises(ValueError, match="holds 2 prompts, but the input has 3"):
@@ -319,7 +319,7 @@ def test_another_number_of_prompts_is_refused_and_nothing_is_written():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_sixteen_bits(dtype):
+def test_half_precision(dtype):
     cache = DynamicCache()
     keys, values = states(1, 9).to(dtype), states(1, 9).to(dtype)
     loan = KVPool().borrow(cache, LAYERS, keys.transpose(1, 2)[:, :0], 0)
@@ -331,7 +331,7 @@ def test_sixteen_bits(dtype):
 @pytest.mark.parametrize("cropped", [False, True], ids=["whole", "cropped"])
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("read", [False, True], ids=["unread", "read"])
-def test_buffers_of_a_cache_that_is_gone(read, captured, cropped):
+def test_buffers_are_reclaimed_with_their_cache(read, captured, cropped):
     """With a graph of the decode step they go to the next cache, but not while someone may still look at them."""
     pool, cache = KVPool(), DynamicCache()
     held = write_in_place(cache, 2, 5, pool=pool).buffers
@@ -350,7 +350,7 @@ def test_buffers_of_a_cache_that_is_gone(read, captured, cropped):
     assert not pool.clear()
 
 
-def test_idle_buffers_serve_the_same_number_of_prompts_and_are_few():
+def test_idle_buffers_are_reused_and_bounded():
     pool = KVPool()
     for batch in (1, 2, 3):
         loan = write_in_place(DynamicCache(), batch, 5, pool=pool)
@@ -376,7 +376,7 @@ def config(**changes):
 
 @pytest.mark.parametrize("filled", [0, 5, 30])
 @pytest.mark.parametrize("make", [DynamicCache, lambda: DynamicCache(config=config())], ids=["lazy", "config"])
-def test_borrowing_keeps_the_contents(make, filled):
+def test_borrow_keeps_contents(make, filled):
     cache = make()
     if filled:
         update([cache], 2, filled)
@@ -391,7 +391,7 @@ def test_borrowing_keeps_the_contents(make, filled):
     assert_equal(cache, stock)
 
 
-def test_borrowing_does_not_share_memory_with_the_user():
+def test_borrow_does_not_alias_user_memory():
     keys, values = states(1, 4), states(1, 4)
     cache = DynamicCache([(keys, values)] * LAYERS)
     borrow(cache, 1, 4)
@@ -403,7 +403,7 @@ def test_borrowing_does_not_share_memory_with_the_user():
     assert torch.equal(keys, before[0]) and torch.equal(values, before[1])
 
 
-def test_borrowing_twice_changes_nothing():
+def test_borrow_is_idempotent():
     cache = DynamicCache()
     loan = write_in_place(cache, 1, 3)
     layers, before = list(cache.layers), addresses(cache)
@@ -411,7 +411,7 @@ def test_borrowing_twice_changes_nothing():
     assert all(now is then for now, then in zip(cache.layers, layers, strict=True)) and addresses(cache) == before
 
 
-def test_layers_of_different_lengths_are_refused():
+def test_layers_of_different_lengths_fall_back():
     cache = pooled(1)
     write_in_place(cache, 1, 3)
     cache.layers[1].crop(-1)
@@ -457,7 +457,7 @@ def offloaded(cache):
 
 
 @pytest.mark.parametrize("make", REFUSED.values(), ids=REFUSED.keys())
-def test_other_caches_are_refused_and_left_alone(make):
+def test_unsupported_caches_fall_back_untouched(make):
     cache = make()
     layers, attributes = list(cache.layers), dict(cache.__dict__)
     assert guard(cache) is not None
@@ -466,7 +466,7 @@ def test_other_caches_are_refused_and_left_alone(make):
 
 @pytest.mark.parametrize("read", [False, True], ids=["unread", "read"])
 @both_ways
-def test_a_cache_of_inference_mode_can_be_written_to_afterwards(read, follow):
+def test_cache_from_inference_mode_is_writable(read, follow):
     """Beams of a cache that someone has looked at are put in order in tensors of their own."""
     ours, stock = DynamicCache(), DynamicCache()
     with torch.inference_mode():

@@ -46,7 +46,7 @@ def both(model, prompt, **options):
 
 @pytest.mark.parametrize("case", ["one_image", "batch_left_pad"])
 @pytest.mark.parametrize("position", [0, 1, 4, 9])
-def test_tokens_after_the_end_are_dropped(tiny, prompts, late, case, position):
+def test_surplus_tokens_after_eos_are_discarded(tiny, prompts, late, case, position):
     prompt = prompts[case]
     free = tiny.generate(**prompt, max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
     # Each sequence ends at a token of its own; the last one decides.
@@ -76,13 +76,13 @@ def test_the_returned_cache_continues(tiny, prompts, late):
     assert torch.equal(tiny.generate(following, past_key_values=found.past_key_values, **more), wanted)
 
 
-def test_a_late_end_never_passes_the_maximum(tiny, prompts, late):
+def test_late_eos_never_exceeds_max_length(tiny, prompts, late):
     prompt = prompts["text"]
     expected, found, _ = both(tiny, prompt, max_new_tokens=3, do_sample=False, eos_token_id=499, pad_token_id=0)
     assert torch.equal(found, expected)
 
 
-def test_the_device_is_asked_for_every_second_token_and_answers_later():
+def test_eos_is_polled_every_second_token():
     """Never for the token that was just queued: the host would wait for it."""
     asked, answered, end = [], [], 7
     watch = generation._StopWatch(SimpleNamespace(type="cuda"))
@@ -110,7 +110,7 @@ def test_the_mask_is_read_once(tiny, prompts, monkeypatch):
     assert torch.equal(found, expected) and looked == [prompt["input_ids"].shape[1]]
 
 
-def test_tokens_are_drawn_as_multinomial_draws_them():
+def test_sampling_matches_multinomial_stream():
     probabilities = torch.randn(64, 999).softmax(-1)
     probabilities[3] = torch.nn.functional.one_hot(torch.tensor(5), 999)
     torch.manual_seed(11)
@@ -120,7 +120,7 @@ def test_tokens_are_drawn_as_multinomial_draws_them():
 
 
 @pytest.mark.parametrize("broken", [float("nan"), 0.0])
-def test_what_is_no_probability_is_not_drawn_from(broken):
+def test_invalid_probabilities_raise(broken):
     probabilities = torch.rand(3, 50)
     probabilities[1] = broken
     state = torch.get_rng_state()
@@ -130,7 +130,7 @@ def test_what_is_no_probability_is_not_drawn_from(broken):
 
 
 @pytest.mark.parametrize("case", ["one_image", "batch_left_pad", "two_images"])
-def test_nothing_is_read_once_the_vision_tower_runs(tiny, prompts, monkeypatch, case):
+def test_no_device_read_after_the_vision_tower(tiny, prompts, monkeypatch, case):
     """A value read from the device behind the tower makes the host wait for all of it, before the first layer is launched."""
     state, reads = {"running": False}, []
     run_blocks, next_inputs = llava15_fast.fast.vision.run_blocks, generation.Inputs.next
@@ -167,7 +167,7 @@ def only_on_a_cpu():
     return any("/triton/" in frame.filename or frame.name == "check_bounds" for frame in traceback.extract_stack())
 
 
-def test_a_hook_on_the_model_is_given_a_mask(tiny, prompts):
+def test_hook_on_the_model_receives_a_mask(tiny, prompts):
     """Someone who listens gets what transformers passes, not our short form of it."""
     masks = []
 
@@ -182,7 +182,7 @@ def test_a_hook_on_the_model_is_given_a_mask(tiny, prompts):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(masks[half:], masks[:half], strict=True))
 
 
-def test_a_layer_that_is_heard_still_gets_a_mask(tiny, prompts):
+def test_hooked_layer_receives_a_mask(tiny, prompts):
     """The slower way under our loop: the short form becomes a mask again."""
     tiny.model.language_model.layers[0].register_forward_hook(lambda *_: None)
     prompt = prompts["batch_left_pad"]
@@ -203,7 +203,7 @@ def test_another_default_device(tiny, prompts, case):
 
 
 @pytest.mark.parametrize("case", ["one_image", "text"])
-def test_a_patched_assistant_goes_on_where_it_stopped(tiny, prompts, case):
+def test_patched_assistant_continues_where_it_stopped(tiny, prompts, case):
     """It is given the image once; and asked for more than one token at a time, whatever it is sure of."""
     prompt = prompts[case]
     weak = copy.deepcopy(tiny)

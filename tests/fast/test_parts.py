@@ -126,7 +126,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("part", PATHS)
-def test_something_else_in_the_place_of_a_part(tiny, prompt, part, way):
+def test_replaced_submodule(tiny, prompt, part, way):
     """After the patch; what it does is what happens, and only the part that it belongs to takes the slower way."""
     for path in PATHS[part]:
         plain, patched = copy.deepcopy(tiny), copy.deepcopy(tiny)
@@ -198,7 +198,7 @@ def test_other_changes(tiny, prompt, what, first):
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3])
-def test_scores_that_are_not_scaled_by_a_positive_number(tiny, prompt, scale):
+def test_nonpositive_softmax_scale(tiny, prompt, scale):
     tiny.set_attn_implementation("eager")  # with sdpa transformers' answer is NaN
     tiny.model.language_model.layers[1].self_attn.scaling = scale
     expected = outputs(tiny, prompt)
@@ -206,7 +206,7 @@ def test_scores_that_are_not_scaled_by_a_positive_number(tiny, prompt, scale):
     assert_same(outputs(tiny, prompt), expected)
 
 
-def test_a_forward_that_was_replaced_for_the_whole_class(tiny, prompt, monkeypatch):
+def test_class_forward_was_replaced(tiny, prompt, monkeypatch):
     """As other packages of kernels do."""
     plain = copy.deepcopy(tiny)
     handle = llava15_fast.patch(tiny, "torch")
@@ -222,7 +222,7 @@ def test_a_forward_that_was_replaced_for_the_whole_class(tiny, prompt, monkeypat
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["after", "before"])
-def test_an_attention_of_the_users_own(tiny, prompt, first):
+def test_custom_attention_module(tiny, prompt, first):
     def half(module, query, key, value, attention_mask, **kwargs):
         output, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return output / 2, weights
@@ -261,7 +261,7 @@ def test_a_hook_on_all_modules(tiny, prompt, register):
 
 @pytest.mark.parametrize("part", ["language_model", "visual"])
 @pytest.mark.parametrize("where", ["modules", "all"])
-def test_dropout_of_attention_is_obeyed(tiny, prompt, part, where):
+def test_attention_dropout_is_applied(tiny, prompt, part, where):
     """Where the modules of attention train, whatever their parents do."""
     plain = copy.deepcopy(tiny)
     handle = llava15_fast.patch(tiny, "torch")
@@ -291,7 +291,7 @@ def tied(model):
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["after", "before"])
-def test_weights_that_are_used_twice(tiny, prompt, first):
+def test_shared_weights(tiny, prompt, first):
     """They stay one, and a later change in place is seen everywhere."""
     plain = copy.deepcopy(tiny)
     if first:
@@ -332,7 +332,7 @@ def test_transforms_of_torch_func(tiny, golden, backend):
 
 
 @pytest.mark.parametrize("owner", ["model", "inner"])
-def test_a_forward_of_the_model_that_the_user_wrapped(tiny, prompts, owner):
+def test_user_wrapped_model_forward(tiny, prompts, owner):
     """It may look at the mask, which has to be a tensor then."""
     prompt = prompts["text_batch_left_pad"]
     module = tiny if owner == "model" else tiny.model
@@ -352,7 +352,7 @@ def test_a_forward_of_the_model_that_the_user_wrapped(tiny, prompts, owner):
 
 
 @pytest.mark.parametrize("name", ["prepare_inputs_for_generation", "_update_model_kwargs_for_generation"])
-def test_a_preparation_of_the_users_own(tiny, prompts, name):
+def test_custom_prepare_inputs(tiny, prompts, name):
     """Called for every token, and obeyed."""
     prompt = prompts["text_batch_left_pad"]
     calls, method = [], getattr(tiny, name)
@@ -369,7 +369,7 @@ def test_a_preparation_of_the_users_own(tiny, prompts, name):
     assert fallbacks(handle) == {"generate"}
 
 
-def test_a_text_model_that_is_not_patched(tiny, prompts):
+def test_unpatched_text_model(tiny, prompts):
     prompt = prompts["text_batch_left_pad"]
     expected = tiny.generate(**prompt, **OPTIONS)
     other = copy.deepcopy(tiny.model.language_model)

@@ -41,7 +41,7 @@ def with_mask(inputs):
 
 
 @pytest.mark.parametrize(("case", "backend", "dtype"), WAYS, ids=str)
-def test_tokens_differ_only_where_eager_is_not_sure(tiny, prompts, case, backend, dtype):
+def test_tokens_differ_only_at_near_ties(tiny, prompts, case, backend, dtype):
     inputs = with_mask(prompts[case])
     half = cast(inputs, dtype)
     reference = type(tiny).from_pretrained("tests/golden/tiny_hub").eval().to(tiny.device)
@@ -62,7 +62,7 @@ def test_tokens_differ_only_where_eager_is_not_sure(tiny, prompts, case, backend
     assert (ours - exact).abs().max() <= 2 * (eager - exact).abs().max() + rounding
 
 
-def test_the_rule_sees_a_wrong_model(tiny, prompts):
+def test_error_rule_detects_a_wrong_model(tiny, prompts):
     """One layer's attention scaled by a fifth is more than 16-bit noise."""
     inputs, ids = with_mask(prompts["text"]), torch.arange(5, 5 + STEPS, device=tiny.device)[None]
     exact = forced(tiny, inputs, ids)

@@ -41,7 +41,7 @@ def test_padding_is_not_computed(tiny, prompt, backend):
 
 
 @pytest.mark.parametrize("loop", ["ours", "transformers"])
-def test_the_head_sees_one_position(tiny, prompt, loop):
+def test_lm_head_sees_one_position(tiny, prompt, loop):
     """Of each prompt, in the first forward and in all others."""
     options = {**OPTIONS, "max_new_tokens": 3, **({"stop_strings": None} if loop == "ours" else {"num_beams": 2})}
     handle = llava15_fast.patch(tiny, "torch")
@@ -54,7 +54,7 @@ def test_the_head_sees_one_position(tiny, prompt, loop):
     assert bool(row.ran) == (loop == "ours")
 
 
-def test_a_slower_way_is_logged_once_and_counted(tiny, prompt, caplog):
+def test_fallback_is_logged_once_and_counted(tiny, prompt, caplog):
     runtime._log_fallback.cache_clear()
     handle = llava15_fast.patch(tiny, "torch")
     with caplog.at_level(logging.WARNING, logger="llava15_fast"):

@@ -162,7 +162,7 @@ def recent(*args, **kwargs):
 @pytest.mark.parametrize("pair", ["sdpa", "eager"], indirect=True)
 @pytest.mark.parametrize("where", ["for all", "here"])
 @pytest.mark.parametrize("functions", ["attention", "mask"])
-def test_another_attention_or_mask_by_a_known_name(pair, prompt, monkeypatch, functions, where):
+def test_replaced_attention_or_mask_under_a_known_name(pair, prompt, monkeypatch, functions, where):
     table, new = {"attention": (ALL_ATTENTION_FUNCTIONS, half), "mask": (ALL_MASK_ATTENTION_FUNCTIONS, recent)}[functions]
     name = pair[0].config._attn_implementation
     if functions == "mask" and name == "eager":
@@ -177,7 +177,7 @@ def test_another_attention_or_mask_by_a_known_name(pair, prompt, monkeypatch, fu
 @pytest.mark.parametrize(
     ("part", "functions"), [("text_config", "mask"), ("text_config", "attention"), ("vision_config", "attention")]
 )
-def test_an_attention_or_mask_by_a_new_name(pair, prompt, monkeypatch, functions, part):
+def test_custom_attention_or_mask_under_a_new_name(pair, prompt, monkeypatch, functions, part):
     monkeypatch.setitem(
         ALL_ATTENTION_FUNCTIONS._global_mapping, "own", half if functions == "attention" else sdpa_attention_forward
     )
@@ -190,7 +190,7 @@ def test_an_attention_or_mask_by_a_new_name(pair, prompt, monkeypatch, functions
     check(pair, prompt, lambda: choose("own"), lambda: choose("sdpa"))
 
 
-def test_the_table_of_attentions_of_one_module(pair, prompt, monkeypatch):
+def test_attention_table_of_one_module(pair, prompt, monkeypatch):
     class Table:
         def get_interface(self, name, default):
             return half
@@ -251,7 +251,7 @@ def test_methods_of_classes(pair, prompt, monkeypatch, cls, name):
 
 
 @pytest.mark.parametrize("cls", [nn.Module, qwen3.Qwen3MLP, modeling.VisionMlp, nn.LayerNorm])
-def test_the_call_of_modules(pair, prompt, monkeypatch, cls):
+def test_module_call(pair, prompt, monkeypatch, cls):
     call = nn.Module.__call__
 
     def own(self, *args, **kwargs):
@@ -293,7 +293,7 @@ LOOP = [
 
 @pytest.mark.parametrize("where", ["instance", "class"])
 @pytest.mark.parametrize("name", [name for name in LOOP if hasattr(Head, name)])
-def test_methods_of_the_loop(pair, prompt, monkeypatch, name, where):
+def test_methods_of_the_decoding_loop(pair, prompt, monkeypatch, name, where):
     """They are called as often as unpatched."""
     counts = []
     for model in pair:
@@ -309,7 +309,7 @@ def test_methods_of_the_loop(pair, prompt, monkeypatch, name, where):
 
 
 @pytest.mark.parametrize("where", ["class", "mixin", "subclass", "custom_generate"])
-def test_a_loop_of_the_users_own(pair, prompt, monkeypatch, where):
+def test_custom_decoding_loop(pair, prompt, monkeypatch, where):
     found = []
     for model in pair:
         if where == "subclass":
@@ -352,7 +352,7 @@ def cache_with(model, owner):
 
 
 @pytest.mark.parametrize("owner", ["cache", "layer", "layers", "late layers", "subclass", "DynamicCache", "DynamicLayer"])
-def test_an_update_of_the_users_own(pair, prompt, monkeypatch, owner):
+def test_custom_cache_update(pair, prompt, monkeypatch, owner):
     """As compressors of caches have it."""
 
     def run(model, owner):

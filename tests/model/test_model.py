@@ -115,7 +115,7 @@ def test_prompts_give_the_originals_numbers(model, golden, case):
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
 @pytest.mark.parametrize("mode", [None, "torch"])
 @torch.no_grad()
-def test_the_cache_is_taken_by_either_name(tiny, mode, name):
+def test_cache_by_either_name(tiny, mode, name):
     """transformers renamed it; with every release both are understood, by the text model too."""
     ids = torch.arange(5, 15, device=tiny.device)[None]
     expected = tiny(input_ids=ids).logits[:, 6:]
@@ -144,7 +144,7 @@ def towers(model, inputs):
 
 @pytest.mark.parametrize("mode", [None, "torch"])
 @pytest.mark.parametrize("case", ["two_images", "video", "batch_left_pad"])
-def test_what_the_tower_made_stands_for_pixels(tiny, golden, case, mode, prompts):
+def test_mm_encoder_outputs_replace_pixels(tiny, golden, case, mode, prompts):
     inputs = prompts[case]
     if mode is not None:
         llava15_fast.patch(tiny, mode)
@@ -171,7 +171,7 @@ def test_what_the_tower_made_stands_for_pixels(tiny, golden, case, mode, prompts
 @pytest.mark.parametrize("mode", [None, "torch"])
 @pytest.mark.parametrize("chunk", [1, 5, 8])
 @pytest.mark.parametrize("case", ["two_images", "video", "batch_left_pad"])
-def test_a_prompt_with_images_comes_in_chunks(tiny, prompts, case, chunk, mode):
+def test_chunked_prefill_with_images(tiny, prompts, case, chunk, mode):
     inputs = prompts[case]
     if mode is not None:
         llava15_fast.patch(tiny, mode)
@@ -285,7 +285,7 @@ def test_continuous_batching(tiny, golden, mode):
 
 @pytest.mark.parametrize("mode", [None, "torch"])
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_a_placeholder_may_be_sampled(tiny, golden, mode, use_cache):
+def test_sampled_placeholder_needs_no_pixels(tiny, golden, mode, use_cache):
     prompt = golden["text_batch_left_pad"][0]["input_ids"][-1:, -4:]
     if mode is not None:
         llava15_fast.patch(tiny, mode)
@@ -296,7 +296,7 @@ def test_a_placeholder_may_be_sampled(tiny, golden, mode, use_cache):
     assert ids[0, 4:].tolist() == [tiny.config.image_token_id] * 4
 
 
-def test_features_as_a_tuple(tiny, golden):
+def test_image_features_as_a_tuple(tiny, golden):
     inputs, _, _ = golden["two_images"]
     grids = inputs["pixel_values"], inputs["image_grid_thw"]
     for model in (tiny, tiny.model):
@@ -308,7 +308,7 @@ def test_features_as_a_tuple(tiny, golden):
     assert isinstance(tiny(**inputs), tuple)
 
 
-def test_what_other_libraries_look_up():
+def test_attributes_other_libraries_read():
     name = LlavaOnevision1_5ForConditionalGeneration.__name__
     assert modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["llavaonevision1_5"] == name
     assert LlavaOnevision1_5ForConditionalGeneration._tp_plan == Qwen3ForCausalLM._tp_plan  # or a tied head is wrong
@@ -355,7 +355,7 @@ def test_live_names_are_the_originals(tiny):
         ("one_image", "triton"),  # the pixels are repeated before any kernel runs: it arrives there
     ],
 )
-def test_images_are_repeated_as_a_whole(tiny, golden, prompts, case, mode):
+def test_images_are_expanded_as_a_whole(tiny, golden, prompts, case, mode):
     """Several answers to a prompt that each take the best token are the greedy answer, several times."""
     inputs, expected = prompts[case], golden[case][1]
     if mode is not None:

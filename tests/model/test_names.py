@@ -111,7 +111,7 @@ else:
 """
 
 
-def test_the_day_transformers_brings_a_class_of_its_own(tmp_path):
+def test_transformers_with_its_own_class(tmp_path):
     """Ours for both spellings of the type, from the Auto classes; theirs under its name."""
     tiny = Path(__file__).parents[1] / "golden/tiny_hub"
     subprocess.run([sys.executable, "-c", PORT, tiny, tmp_path], check=True, env=environment())

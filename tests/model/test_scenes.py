@@ -77,7 +77,7 @@ def test_samples_are_described_exactly(model, processor):
 
 
 @pytest.mark.parametrize("size", [(50, 300), (640, 480), (1, 1)])
-def test_any_picture_is_answered(model, processor, size):
+def test_any_image_is_answered(model, processor, size):
     """In the words of scenes, whatever its size; and patched as unpatched. What is right for no scene nobody knows."""
     image = Image.new("RGB", size, "red")
     (answer,) = describe(model, processor, [image])
@@ -92,7 +92,7 @@ def test_drawing_is_deterministic():
         assert first.tobytes() == again.tobytes() and sentence == same_sentence
 
 
-def test_every_scene_has_a_sentence_of_the_list_and_its_own_picture():
+def test_scenes_have_listed_captions_and_distinct_images():
     scenes = [scene for index in range(100) for scene in (held_out_scene(index), training_scene(0, index))]
     assert {sentence for _, sentence in scenes} <= set(all_sentences())
     assert len({image.tobytes() for image, _ in scenes}) == len(scenes)

@@ -57,7 +57,7 @@ def test_disable_leaves_no_trace():
     assert [dict(vars(cls)) for cls in classes] == before
 
 
-def test_enabling_again_changes_the_options():
+def test_enable_again_changes_the_options():
     llava15_fast.enable("auto")
     llava15_fast.enable("torch", cuda_graph=False)
     assert backends(LlavaOnevision1_5ForConditionalGeneration.from_pretrained(TINY)) == {"torch"}
@@ -91,7 +91,7 @@ def test_other_models_are_left_alone(tmp_path):
     assert type(model) is Qwen3ForCausalLM and not backends(model)
 
 
-def test_a_model_that_cannot_be_patched_is_loaded_and_the_log_says_why(caplog):
+def test_unpatchable_model_loads_and_logs_the_reason(caplog):
     llava15_fast.enable("torch")
     with caplog.at_level(logging.WARNING, "llava15_fast"):
         model = LlavaOnevision1_5ForConditionalGeneration.from_pretrained(TINY, dtype=torch.float64)
@@ -99,7 +99,7 @@ def test_a_model_that_cannot_be_patched_is_loaded_and_the_log_says_why(caplog):
     assert "runs without the kernels: dtype torch.float64 is not supported" in caplog.text
 
 
-def test_a_failed_load_is_reported_as_ever(tmp_path):
+def test_failed_load_raises_as_usual(tmp_path):
     llava15_fast.enable("torch")
     with pytest.raises(OSError, match=str(tmp_path)):
         LlavaOnevision1_5ForConditionalGeneration.from_pretrained(tmp_path)
@@ -144,7 +144,7 @@ def test_run(tmp_path, how):
     assert "patched LlavaOnevision1_5ForConditionalGeneration, backend torch" in done.stderr
 
 
-def test_run_gives_a_script_the_file_that_python_gives(tmp_path):
+def test_run_sets_file_like_python(tmp_path):
     """It finds what lies beside it also after a change of the working directory."""
     (tmp_path / "my programs").mkdir()
     (tmp_path / "my programs/prögram.py").write_text("import os; os.chdir('/'); print(open(__file__).read())")

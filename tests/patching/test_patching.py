@@ -141,7 +141,7 @@ def test_without_gradients_the_kernels_run(tiny, inputs, backend, context):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_with_gradients_the_original_runs_and_the_report_says_so(tiny, inputs, backend):
+def test_gradients_fall_back_and_are_reported(tiny, inputs, backend):
     tiny(**inputs).loss.backward()
     expected = {name: parameter.grad.clone() for name, parameter in tiny.named_parameters()}
     tiny.zero_grad()
@@ -177,7 +177,7 @@ def by_one_name(signature):
     return tuple("past_key_values" if name == CACHE else name for name in signature.parameters)
 
 
-def test_signatures_are_the_originals(tiny):
+def test_signatures_equal_transformers(tiny):
     """`generate` looks at signatures; a replacement with another one would lose arguments without a word."""
     before = {path: inspect.signature(module.forward) for path, module in tiny.named_modules()}
     llava15_fast.patch(tiny, "torch")
@@ -236,7 +236,7 @@ POSITIONS = {
 @pytest.mark.parametrize("where", ["q_proj", "up_proj", "o_proj", "down_proj"])
 @pytest.mark.parametrize("what", POSITIONS)
 @pytest.mark.parametrize("case", ["one_image", "text_batch_left_pad"])
-def test_hooks_see_what_they_see_in_transformers(tiny, prompts, case, what, where):
+def test_hooks_see_transformers_values(tiny, prompts, case, what, where):
     """Batch and positions, padding included: a hook may do anything with them."""
     prompt = prompts[case]
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -295,7 +295,7 @@ def test_no_weight_ever_moves(tiny, inputs, prompt, backend):
     ],
     ids=["converted", "assigned", "replaced"],
 )
-def test_nothing_holds_weights_that_were_left(tiny, inputs, change):
+def test_replaced_weights_are_freed(tiny, inputs, change):
     llava15_fast.patch(tiny, "torch")
     logits(tiny, inputs)
     held = [StorageWeakRef(group[0].weight.untyped_storage()) for group in projections(tiny)]
@@ -358,7 +358,7 @@ def test_saving_a_patched_model(tiny, inputs, tmp_path):
     assert torch.equal(logits(llava15_fast.patch(loaded, "torch").model, inputs), expected)
 
 
-def test_recording_hooks_of_transformers_do_not_keep_the_model_slow(tiny, inputs):
+def test_recording_hooks_do_not_disable_the_fast_path(tiny, inputs):
     handle = llava15_fast.patch(tiny, "torch")
     with torch.no_grad():
         tiny(**inputs, output_hidden_states=True)
@@ -383,7 +383,7 @@ def test_attention_weights_on_request(golden, inputs):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_masks_with_holes_and_packed_positions_take_the_slower_way(tiny, golden, backend):
+def test_masks_with_holes_and_packed_positions_fall_back(tiny, golden, backend):
     inputs = golden["text"][0]
     holes = {**inputs, "attention_mask": inputs["attention_mask"].clone()}
     holes["attention_mask"][0, 4] = 0
@@ -402,7 +402,7 @@ def test_masks_with_holes_and_packed_positions_take_the_slower_way(tiny, golden,
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_second_turn_on_the_returned_cache(tiny, golden, backend):
+def test_second_turn_on_the_returned_cache(tiny, golden, backend):
     """The cache that the patched prefill filled continues as transformers' own would."""
     inputs = golden["text"][0]
     follow_up = torch.randint(0, 490, (1, 7), device=tiny.device)
@@ -430,7 +430,7 @@ def test_generation_with_a_chosen_cache(tiny, golden, prompts, cache):
 
 
 @pytest.mark.parametrize("patch_first", [True, False], ids=["patch-then-hook", "hook-then-patch"])
-def test_accelerate_hooks_and_patch_survive_each_other(tiny, inputs, patch_first):
+def test_accelerate_hooks_and_patch_coexist(tiny, inputs, patch_first):
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
     expected = logits(tiny, inputs)
@@ -497,7 +497,7 @@ def test_a_changed_signature_is_named(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["language_model.norm", "language_model.layers.0.post_attention_layernorm", "visual.merger"])
-def test_a_module_that_computes_something_else_is_named(tiny, path):
+def test_incompatible_module_is_named(tiny, path):
     """Of a class of its own, or with a forward of its own: also where a fused call only reads its weights."""
     module = tiny.model.get_submodule(path)
     original = type(module)
@@ -510,7 +510,7 @@ def test_a_module_that_computes_something_else_is_named(tiny, path):
     refused(tiny, rf"{path.replace('.', '[.]')}\.forward was already replaced")
 
 
-def test_a_fused_over_module_of_another_class_is_named(tiny):
+def test_bypassed_module_of_another_class_is_named(tiny):
     tiny.model.visual.merger.ln_q = nn.RMSNorm(64)
     refused(tiny, r"visual\.merger\.ln_q is a RMSNorm, expected LayerNorm")
 
@@ -526,7 +526,7 @@ def test_under_autocast(tiny, inputs, backend):
     assert ((forward() - expected).abs().max() / expected.abs().max()) < 2e-2
 
 
-def test_float64_runs_the_original(tiny, inputs):
+def test_float64_falls_back(tiny, inputs):
     """A reference run in float64 is nothing to refuse once the model is patched."""
     handle = llava15_fast.patch(tiny, "torch")
     tiny.double()
@@ -538,7 +538,7 @@ def test_float64_runs_the_original(tiny, inputs):
 
 
 @pytest.mark.parametrize("patched", [False, True])
-def test_weights_that_accelerate_brings_on_demand(tiny, inputs, patched):
+def test_accelerate_weights_loaded_on_demand(tiny, inputs, patched):
     from accelerate import cpu_offload
 
     expected = logits(tiny, inputs)
@@ -570,7 +570,7 @@ def test_an_unsupported_head_dim_is_named(tiny):
     refused(tiny, "text head_dim 512")
 
 
-def test_somebody_elses_forward_is_left_in_place(tiny):
+def test_foreign_forward_is_left_in_place(tiny):
     norm = tiny.model.language_model.norm
     norm.forward = functools.partial(type(norm).forward, norm)
     refused(tiny, r"language_model\.norm\.forward was already replaced")
@@ -648,7 +648,7 @@ def test_meta_and_fake_tensors(tiny):
 
 
 @pytest.mark.parametrize("kept,fast", [({}, False), ({"logits_to_keep": 1}, True), ({"logits_to_keep": 5}, False)])
-def test_logits_beside_padding_are_eagers(tiny, prompts, kept, fast):
+def test_logits_at_padding_match_eager(tiny, prompts, kept, fast):
     """Of what stands before a prompt, too, whoever makes a loss of them; a prompt whose last ones are kept stays fast."""
     inputs = prompts["batch_left_pad"]
     pads = (inputs["attention_mask"] == 0).sum(-1).max()
@@ -663,7 +663,7 @@ def test_logits_beside_padding_are_eagers(tiny, prompts, kept, fast):
 
 
 @pytest.mark.parametrize("side,masked,fast", [("left", True, False), ("right", True, True), ("right", False, False)])
-def test_a_loss_beside_padding_is_eagers(tiny, side, masked, fast):
+def test_loss_at_padding_matches_eager(tiny, side, masked, fast):
     """What is said of the padding before a prompt predicts its first token, as transformers shifts labels."""
     rows = [[5, 6, 7], [8, 9, 10, 11, 12, 13]]
     pads = [6 - len(row) for row in rows]

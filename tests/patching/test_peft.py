@@ -95,7 +95,7 @@ WRAPPED = {
 
 @pytest.mark.parametrize("patch_first", [False, True])
 @pytest.mark.parametrize("what", WRAPPED)
-def test_a_wrapper_around_a_module_that_the_fused_code_passes_over(tiny, prompt, what, patch_first):
+def test_wrapper_around_a_bypassed_module(tiny, prompt, what, patch_first):
     """A LoRA convolution, a projector that is trained as a whole: that part runs as it is, the others keep the kernels."""
     options, expected_fallbacks = WRAPPED[what]
     plain = with_lora(copy.deepcopy(tiny), **options)
@@ -121,7 +121,7 @@ def test_a_wrapper_around_a_module_that_the_fused_code_passes_over(tiny, prompt,
     assert_equal(answers(model.merge_and_unload(), prompt), answers(plain.merge_and_unload(), prompt))
 
 
-def test_a_tower_that_is_trained_as_a_whole(tiny, prompt):
+def test_fully_trained_vision_tower(tiny, prompt):
     """A copy of a patched module runs the kernels on its own weights; an unpatched one is refused, and named."""
     plain = with_lora(copy.deepcopy(tiny), ["q_proj"], saved=["visual"])
     with pytest.raises(llava15_fast.PatchError, match="visual is a ModulesToSaveWrapper"):
@@ -136,7 +136,7 @@ def test_a_tower_that_is_trained_as_a_whole(tiny, prompt):
 @pytest.mark.parametrize("safe_merge", [False, True])
 @pytest.mark.parametrize("end", ["merge_and_unload", "unload"])
 @pytest.mark.parametrize("patch_first", [False, True])
-def test_adapters_taken_off(tiny, prompt, patch_first, end, safe_merge):
+def test_adapters_removed(tiny, prompt, patch_first, end, safe_merge):
     options = {"safe_merge": safe_merge} if end == "merge_and_unload" else {}
     before = answers(tiny, prompt)
     plain = getattr(with_lora(copy.deepcopy(tiny)), end)(**options)
@@ -222,7 +222,7 @@ def test_an_adapter_for_each_prompt(tiny, prompts, names):
     assert any("needs the padding" in reason for row in handle.report().rows for reason in row.fallbacks)
 
 
-def test_an_adapter_that_begins_at_a_token(tiny, prompts):
+def test_adapter_activated_at_a_token(tiny, prompts):
     """Activated LoRA: what stands before its token is left alone."""
     prompt = prompts["text"]
     tokens = prompt["input_ids"][0, 4:6].tolist()
@@ -253,7 +253,7 @@ def test_an_adapter_that_begins_at_a_token(tiny, prompts):
     ids=["prompt", "prefix", "p-tuning"],
 )  # fmt: skip
 @pytest.mark.parametrize("case", ["text", "text_batch_left_pad"])
-def test_learned_prompts(tiny, prompts, case, config, first):
+def test_prompt_tuning(tiny, prompts, case, config, first):
     """PEFT prepares every step itself."""
     prompt = prompts[case]
     models = []

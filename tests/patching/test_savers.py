@@ -105,7 +105,7 @@ SAVERS = {
 
 
 @pytest.mark.parametrize("saver", SAVERS)
-def test_the_files_are_the_same(pair, tmp_path, saver):
+def test_saved_files_are_identical(pair, tmp_path, saver):
     written = []
     for name, model in zip(("plain", "patched"), pair, strict=True):
         folder = tmp_path / name
@@ -215,7 +215,7 @@ THERE_AND_BACK = {
 @untied
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("way", THERE_AND_BACK)
-def test_what_was_saved_comes_back(pair, prompt, tmp_path, way):
+def test_saved_models_reload(pair, prompt, tmp_path, way):
     """Into another patched model, or one that the way makes."""
     plain, patched = pair
     expected = plain.generate(**prompt, **GREEDY)
@@ -240,7 +240,7 @@ def test_weights_changed_after_saving_are_restored(pair, tmp_path):
 
 
 @untied
-def test_a_pickle_names_only_what_another_process_can_import(pair):
+def test_pickle_is_importable_elsewhere(pair):
     found = pickletools.genops(pickle.dumps(pair[1], protocol=2, fix_imports=False))
     names = {argument for opcode, argument, _ in found if opcode.name == "GLOBAL"}
     assert "llava15_fast.fast.generate FastForConditionalGeneration" in names

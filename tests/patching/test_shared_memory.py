@@ -131,7 +131,7 @@ if not torch.cuda.is_available():
 
 @pytest.mark.parametrize("when", ["before patch", "after patch"])
 @pytest.mark.parametrize("way", WAYS)
-def test_memory_that_others_write_to(tiny, prompt, way, when):
+def test_aliased_weights_written_by_others(tiny, prompt, way, when):
     # Both copies: matrix products are the same to the bit only where weights are aligned alike.
     plain, patched = copy.deepcopy(tiny), copy.deepcopy(tiny)
     if when == "after patch":
@@ -159,7 +159,7 @@ def test_memory_that_others_write_to(tiny, prompt, way, when):
         assert all(parameter.is_shared() for parameter in patched.parameters())
 
 
-def test_a_step_of_the_trainer(tiny, prompt, golden):
+def test_trainer_step(tiny, prompt, golden):
     """The policy is patched, and answers with the weights of the trainer, which is not, or is as well."""
     trainer, results = copy.deepcopy(tiny), []
     for patched in ((), (0,), (0, 1)):
@@ -178,7 +178,7 @@ def test_a_step_of_the_trainer(tiny, prompt, golden):
     assert not torch.allclose(results[0][0], outputs(tiny, prompt)[0], atol=1e-3)
 
 
-def test_a_state_dict_taken_while_patched_is_written_to_after_unpatch(tiny, prompt):
+def test_state_dict_taken_while_patched_is_writable_after_unpatch(tiny, prompt):
     plain, patched = copy.deepcopy(tiny), copy.deepcopy(tiny)
     scale(plain.state_dict().values())
     llava15_fast.patch(patched, "torch")
@@ -189,7 +189,7 @@ def test_a_state_dict_taken_while_patched_is_written_to_after_unpatch(tiny, prom
     assert all(map(torch.equal, outputs(patched, prompt), outputs(plain, prompt)))
 
 
-def test_an_interpolation_of_two_models(tiny, prompt):
+def test_model_interpolation(tiny, prompt):
     """`lerp_`, `copy_` and `swap_tensors` on a patched model, as averaging of weights does."""
     other = copy.deepcopy(tiny)
     with torch.no_grad():

@@ -288,7 +288,7 @@ OF_TORCH = {
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("order", CROSSED)
 @pytest.mark.parametrize("kind", OF_TORCH)
-def test_weights_that_torch_makes_in_every_call(tiny, prompt, kind, order):
+def test_weights_computed_in_every_call(tiny, prompt, kind, order):
     add, remove = OF_TORCH[kind]
     plain, patched = copy.deepcopy(tiny), copy.deepcopy(tiny)
     steps = {"patch": patch, "unpatch": llava15_fast.unpatch, "add": add, "remove": remove}
@@ -389,7 +389,7 @@ def test_subclasses(tiny, prompt, cls, tmp_path):
         assert torch.equal(value, names[name])
 
 
-def test_a_class_that_is_made_in_a_function(tiny, prompt):
+def test_class_made_in_a_function(tiny, prompt):
     class Local(Named):
         @functools.wraps(Named.forward)
         def forward(self, *args, **kwargs):
@@ -404,7 +404,7 @@ def test_a_class_that_is_made_in_a_function(tiny, prompt):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_another_class_for_a_patched_module(tiny, prompt, path):
+def test_reclassed_patched_module(tiny, prompt, path):
     """Put there by hand, before the patch or on top of it."""
     plain = copy.deepcopy(tiny)
     counts = []
@@ -471,7 +471,7 @@ def test_hooks_of_accelerate_on_patched_modules(tiny, prompt, path, order):
 
 
 @pytest.mark.parametrize("order", CROSSED)
-def test_weights_that_accelerate_brings(tiny, prompt, order):
+def test_accelerate_offloaded_weights(tiny, prompt, order):
     """Offloaded, and on the device again when the hooks go."""
     accelerate = pytest.importorskip("accelerate")
     plain = copy.deepcopy(tiny)

@@ -72,7 +72,7 @@ def test_warmup_runs_every_kind_of_request(tmp_path):
     result = run("warmup", "--model", str(CHECKPOINT), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert [line.split("s  ")[1].split(",")[0] for line in result.stdout.splitlines()][-2:] == ["64 prompts", "total"]
-    assert "original ran instead" in result.stderr and "language_model" in result.stderr
+    assert "fallbacks (calls)" in result.stderr and "language_model" in result.stderr
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16", "1"])

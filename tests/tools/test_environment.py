@@ -38,7 +38,7 @@ def test_the_ranges_are_those_of_the_installation():
     }
 
 
-def test_what_is_installed_is_told_and_inside():
+def test_installed_versions_are_reported_as_supported():
     found = environment.environment()
     versions = {row["name"]: row for row in found["versions"]}
     for name, module in (("torch", torch), ("triton", triton), ("transformers", transformers)):
@@ -57,7 +57,7 @@ def test_what_is_installed_is_told_and_inside():
     ("version", "inside"),
     [("2.13.0+cpu", True), ("2.15.0.dev20260101", True), ("2.16.0", False), ("2.10.1", False), (None, False)],
 )
-def test_a_version_outside_is_seen(monkeypatch, version, inside):
+def test_unsupported_version_is_reported(monkeypatch, version, inside):
     installed = environment.installed
     monkeypatch.setattr(environment, "installed", lambda name: version if name == "torch" else installed(name))
     found = environment.environment()
@@ -67,7 +67,7 @@ def test_a_version_outside_is_seen(monkeypatch, version, inside):
     assert ("not installed" in shown(found)) is (version is None)
 
 
-def test_a_cache_that_cannot_be_written_is_seen(monkeypatch, tmp_path):
+def test_unwritable_cache_is_reported(monkeypatch, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     for folder, writable in ((tmp_path / "new" / "cache", True), (blocked / "cache", False)):
@@ -112,7 +112,7 @@ def test_an_old_version_is_an_error_that_names_it(monkeypatch, package, version,
         versions.check_versions()
 
 
-def test_a_new_version_is_told_and_tried(monkeypatch, caplog):
+def test_newer_version_warns(monkeypatch, caplog):
     real = versions.installed
     monkeypatch.setattr(versions, "installed", lambda name: "5.99.0" if name == "transformers" else real(name))
     versions.check_versions()

@@ -145,7 +145,7 @@ def scaled(function, factor):
         (text, "flash_attn_with_kvcache", "logits"),
     ],
 )
-def test_a_wrong_kernel_is_seen(endless, prompts, monkeypatch, module, name, part, dtype):
+def test_wrong_kernel_is_detected(endless, prompts, monkeypatch, module, name, part, dtype):
     """Five percent in one operation; that of decoding shows in the logits alone."""
     if name == "silu_and_mul":  # the torch backend has it in two
         module, name = text.Run, "gated"
@@ -158,7 +158,7 @@ def test_a_wrong_kernel_is_seen(endless, prompts, monkeypatch, module, name, par
         assert bad == ["logits"]
 
 
-def test_only_the_wrong_block_is_bad(endless, prompts, monkeypatch):
+def test_only_the_wrong_block_fails(endless, prompts, monkeypatch):
     """A wrong second block does not spoil the rows of those behind it."""
     run, second = vision.run_blocks, endless.model.visual.blocks[1]
 
@@ -171,7 +171,7 @@ def test_only_the_wrong_block_is_bad(endless, prompts, monkeypatch):
     assert [part.name for part in found.parts if not part.ok][:2] == ["visual.blocks.1", "image features"]
 
 
-def test_a_wrong_loop_is_seen(endless, prompts, monkeypatch):
+def test_wrong_decoding_loop_is_detected(endless, prompts, monkeypatch):
     """The teacher-forced steps do not go through the decoding loop; the answer of `generate` does."""
     needed = generation._tokens_needed
     monkeypatch.setattr(generation, "_tokens_needed", lambda *args: needed(*args) - 1)
@@ -182,7 +182,7 @@ def test_a_wrong_loop_is_seen(endless, prompts, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_another_token_is_allowed_only_in_16_bit_and_where_eager_is_not_sure(endless, prompts, monkeypatch, dtype):
+def test_another_token_is_allowed_only_at_16_bit_near_ties(endless, prompts, monkeypatch, dtype):
     inputs = prompts["text"]
     ids = endless.generate(**inputs, max_new_tokens=1, do_sample=False)[0, -1]
     twin = int(ids) + 1
@@ -234,7 +234,7 @@ def test_the_rule_itself():
 
 @pytest.mark.parametrize("patched_before", [None, "torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_the_model_is_as_before(endless, prompts, patched_before, dtype):
+def test_model_is_restored(endless, prompts, patched_before, dtype):
     endless.to(dtype)
     if patched_before:
         llava15_fast.patch(endless, patched_before, cuda_graph=False)
@@ -245,7 +245,7 @@ def test_the_model_is_as_before(endless, prompts, patched_before, dtype):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("where", ["patched", "reference", "block"])
-def test_the_model_is_as_before_after_an_exception(endless, prompts, monkeypatch, where, error):
+def test_model_is_restored_after_an_exception(endless, prompts, monkeypatch, where, error):
     endless.half()
     handle = llava15_fast.patch(endless, "torch")
     before, values = state(endless), weights(endless)
@@ -274,7 +274,7 @@ def test_the_model_is_as_before_after_an_exception(endless, prompts, monkeypatch
 
 
 @pytest.mark.parametrize("stop", range(0, 14, 2))
-def test_the_model_is_as_before_where_memory_runs_out_for_a_block(endless, prompts, monkeypatch, stop):
+def test_model_is_restored_after_out_of_memory(endless, prompts, monkeypatch, stop):
     """In the middle of bringing it to higher precision."""
     endless.half()
     before, values = state(endless), weights(endless)
@@ -292,7 +292,7 @@ def test_the_model_is_as_before_where_memory_runs_out_for_a_block(endless, promp
     assert state(endless) == before and unchanged(values, weights(endless))
 
 
-def test_a_narrow_output_and_one_of_few_characters(endless, prompts, monkeypatch):
+def test_narrow_and_ascii_output(endless, prompts, monkeypatch):
     """Numbers are not cut, and what cannot be shown is not tried."""
     found = verify(endless, prompts["text"], max_new_tokens=2, backend="torch")
     monkeypatch.setenv("COLUMNS", "24")
@@ -301,7 +301,7 @@ def test_a_narrow_output_and_one_of_few_characters(endless, prompts, monkeypatch
     assert all(f"{part.ours:.1e}" in repr(found) for part in found.parts) and repr(found).isascii()
 
 
-def test_what_could_not_be_compared_is_said(endless, prompts):
+def test_uncompared_parts_are_noted(endless, prompts):
     found = verify(endless, prompts["text"], max_new_tokens=2, backend="torch")
     assert found.ok and found.notes == ("there is no image in the inputs: the vision tower was not compared",)
     assert not any(part.name.startswith(("visual", "image")) for part in found.parts)
@@ -324,7 +324,7 @@ def test_an_answer_that_ends_is_compared_up_to_its_end(endless, prompts):
     assert found.ok and found.tokens == sum(lengths) < STEPS * len(free)
 
 
-def test_what_cannot_be_verified_is_refused(endless, prompts):
+def test_unverifiable_models_raise(endless, prompts):
     inputs = prompts["one_image"]
     with pytest.raises(TypeError, match="no language head"):
         verify(endless.model, inputs)
@@ -343,7 +343,7 @@ def test_what_cannot_be_verified_is_refused(endless, prompts):
         verify(endless, inputs)
 
 
-def test_attention_that_has_no_float32_is_replaced_for_the_time(endless):
+def test_flash_attention_is_replaced_while_verifying(endless):
     text_config = endless.model.language_model.config
     text_config._attn_implementation_internal = "flash_attention_2"
     with verification._attention_that_computes_in_any_dtype(endless):
@@ -354,14 +354,14 @@ def test_attention_that_has_no_float32_is_replaced_for_the_time(endless):
 # The command
 
 
-def test_the_command_says_ok(capsys):
+def test_command_verdict_ok(capsys):
     folder = str(assets_folder() / "scenes_checkpoint")
     assert cli.main(["verify", "--model", folder, "--backend", "torch"]) == 0
     out = capsys.readouterr().out
     assert "verdict: ok" in out and "visual.blocks.2" in out and "float64" in out
 
 
-def test_the_command_says_bad(capsys, monkeypatch):
+def test_command_verdict_bad(capsys, monkeypatch):
     monkeypatch.setattr(vision, "gelu", scaled(vision.gelu, 1.05))
     folder, image = assets_folder() / "scenes_checkpoint", next((assets_folder() / "samples").glob("*.png"))
     arguments = ["verify", "--model", str(folder), "--image", str(image), "--max-new-tokens", "2", "--backend", "torch"]
@@ -369,13 +369,13 @@ def test_the_command_says_bad(capsys, monkeypatch):
     assert "verdict: BAD" in capsys.readouterr().out
 
 
-def test_the_command_names_a_missing_image_before_it_loads(capsys):
+def test_missing_image_is_named_before_loading(capsys):
     assert cli.main(["verify", "--model", "nowhere", "--image", "none.png"]) == 2
     assert "no image file 'none.png'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("chosen", ["older", "newer", "nothing"])
-def test_float32_is_exact_meanwhile(chosen):
+def test_tf32_is_off_meanwhile(chosen):
     """However the user has allowed rounded products, and left as the user had it."""
     matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     kept = matmul.fp32_precision, conv.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
