@@ -38,7 +38,7 @@ from llava15_kernels import (
     vision_rope_2d,
     vision_rope_2d_ref,
 )
-from llava15_kernels.cost import nbytes
+from llava15_kernels._registry import nbytes
 from llava15_kernels.qk_norm_rope import write_rows
 from llava15_kernels.testing import assert_close
 

@@ -5,8 +5,8 @@
     counted.launches, counted.read, counted.written, counted.flops
 
 Every operator that is not a view counts as one launch, reads its inputs and writes its outputs once; the operators of
-`llava15_kernels` count as they declare (`cost_of`). Operations are those of matrix products and attention, by the formulas of
-`torch.utils.flop_counter` where it has one; a causal attention that skips what is masked counts what it computes. These are
+`llava15_kernels` count as they declare (`Operator.cost`). Operations are those of matrix products and attention, by the
+formulas of `torch.utils.flop_counter` where it has one; a causal attention that skips what is masked counts what it computes. These are
 counts, not measurements.
 """
 
@@ -28,7 +28,7 @@ from transformers.initialization import no_init_weights
 
 from llava15_fast import LlavaOnevision1_5Config, LlavaOnevision1_5ForConditionalGeneration
 from llava15_fast.fast.kv_cache import KVPool
-from llava15_kernels.cost import cost_of, nbytes
+from llava15_kernels._registry import OPERATORS, nbytes
 
 from .sizes import TEXT
 
@@ -118,7 +118,7 @@ class Counter(TorchDispatchMode):
         self.calls[call] += 1
 
     def _ours(self, name: str, args: tuple) -> Call:
-        cost, read, flops = cost_of(name, *args), 0, 0
+        cost, read, flops = OPERATORS[name].cost(*args), 0, 0
         if name == "flash_attn_varlen":
             flops = _varlen_flops(*args)
         elif name == "flash_decode":

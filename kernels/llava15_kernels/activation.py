@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from ._dispatch import LAUNCH_OPTIONS, Backend, as_rows, cdiv, choose_backend, launching, warps_for
-from .cost import Cost, declares_cost, nbytes
+from ._registry import Cost, empty_as, nbytes, operator
 
 BLOCK = 2048
 
@@ -55,13 +55,13 @@ def _gelu_kernel(x_ptr, bias_ptr, y_ptr, stride_x, n_columns, HAS_BIAS: tl.const
     tl.store(y_ptr + row * n_columns + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-torch.library.define("llava15::silu_and_mul", "(Tensor gate, Tensor up) -> Tensor")
-torch.library.define("llava15::gelu", "(Tensor x, Tensor? bias) -> Tensor")
-
-
-@torch.library.impl("llava15::silu_and_mul", ("cpu", "cuda"))
-def _(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+@operator(
+    "silu_and_mul(Tensor gate, Tensor up) -> Tensor",
+    fake=lambda gate, up: empty_as(gate),
+    cost=lambda gate, up: Cost(1, nbytes(gate, up), nbytes(gate)),
+)
+def _silu_and_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    y = empty_as(gate)
     if y.numel():
         rows, up_rows = as_rows(gate), as_rows(up)
         with launching("silu_and_mul", gate):
@@ -72,9 +72,13 @@ def _(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return y
 
 
-@torch.library.impl("llava15::gelu", ("cpu", "cuda"))
-def _(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+@operator(
+    "gelu(Tensor x, Tensor? bias) -> Tensor",
+    fake=lambda x, bias: empty_as(x),
+    cost=lambda x, bias: Cost(1, nbytes(x, bias), nbytes(x)),
+)
+def _gelu(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    y = empty_as(x)
     if y.numel():
         rows = as_rows(x)
         with launching("gelu", x):
@@ -83,26 +87,6 @@ def _(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
                 HAS_BIAS=bias is not None, BLOCK_N=BLOCK, num_warps=warps_for(BLOCK, x.device, 4), **LAUNCH_OPTIONS,
             )  # fmt: skip
     return y
-
-
-@torch.library.register_fake("llava15::silu_and_mul")
-def _(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-
-
-@torch.library.register_fake("llava15::gelu")
-def _(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-@declares_cost("silu_and_mul")
-def _(gate: torch.Tensor, up: torch.Tensor) -> Cost:
-    return Cost(1, nbytes(gate, up), nbytes(gate))
-
-
-@declares_cost("gelu")
-def _(x: torch.Tensor, bias: torch.Tensor | None) -> Cost:
-    return Cost(1, nbytes(x, bias), nbytes(x))
 
 
 def silu_and_mul(x: torch.Tensor, up: torch.Tensor | None = None, *, backend: Backend = "auto") -> torch.Tensor:

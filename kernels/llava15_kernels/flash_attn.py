@@ -46,7 +46,7 @@ from ._dispatch import (
     needs_grad,
     next_power_of_2,
 )
-from .cost import Cost, declares_cost, nbytes
+from ._registry import Cost, empty_as, nbytes, operator
 from .tuned import tuned
 
 MAX_HEAD_DIM = 256
@@ -341,15 +341,13 @@ def _tiles(x: torch.Tensor, rows: int, block_d: int) -> TensorDescriptor:
 
 
 # SymInt: a plain int would make torch.compile start anew for every length.
-torch.library.define(
-    "llava15::flash_attn_varlen",
-    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, float softmax_scale, "
-    "bool causal) -> Tensor",
+@operator(
+    "flash_attn_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
+    "float softmax_scale, bool causal) -> Tensor",
+    fake=lambda q, *_: empty_as(q),
+    cost=lambda q, k, v, cu_seqlens_q, cu_seqlens_k, *_: Cost(1, nbytes(q, k, v, cu_seqlens_q, cu_seqlens_k), nbytes(q)),
 )
-
-
-@torch.library.impl("llava15::flash_attn_varlen", ("cpu", "cuda"))
-def _(
+def _flash_attn_varlen(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -362,7 +360,7 @@ def _(
     heads, head_dim = q.shape[1:]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = empty_as(q)
     if out.numel() == 0 or max_seqlen_q == 0:
         return out
     config = _configure(q, k, v)
@@ -391,34 +389,6 @@ def _(
                 n_blocks, at_once, softmax_scale, **options,
             )  # fmt: skip
     return out
-
-
-@torch.library.register_fake("llava15::flash_attn_varlen")
-def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    softmax_scale: float,
-    causal: bool,
-) -> torch.Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-
-
-@declares_cost("flash_attn_varlen")
-def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    softmax_scale: float,
-    causal: bool,
-) -> Cost:
-    return Cost(1, nbytes(q, k, v, cu_seqlens_q, cu_seqlens_k), nbytes(q))
 
 
 def flash_attn_varlen_func(
@@ -541,6 +511,11 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format) if x.is_cuda and any(step % 16 for step in steps) else x
 
 
+@operator(
+    "flash_attn_varlen_sdpa(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float softmax_scale, "
+    "bool causal) -> Tensor",
+    fake=lambda q, *_: empty_as(q),
+)
 def flash_attn_varlen_sdpa(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -583,26 +558,6 @@ def flash_attn_varlen_sdpa(
     if len(outputs) == 1:
         return outputs[0].contiguous()
     return torch.cat(outputs) if outputs else torch.empty(q.shape, dtype=q.dtype, device=q.device)
-
-
-torch.library.define(
-    "llava15::flash_attn_varlen_sdpa",
-    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float softmax_scale, bool causal) -> Tensor",
-)
-torch.library.impl("llava15::flash_attn_varlen_sdpa", ("cpu", "cuda"), flash_attn_varlen_sdpa)
-
-
-@torch.library.register_fake("llava15::flash_attn_varlen_sdpa")
-def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    softmax_scale: float,
-    causal: bool,
-) -> torch.Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
 def flash_attn_varlen_ref(

@@ -19,6 +19,7 @@ alone. Dao et al., https://pytorch.org/blog/flash-decoding.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -36,7 +37,7 @@ from ._dispatch import (
     multiprocessors,
     next_power_of_2,
 )
-from .cost import Cost, declares_cost, nbytes
+from ._registry import Cost, empty_as, nbytes, operator
 from .flash_attn import MAX_HEAD_DIM, _attend, refuse_options, scale_of
 from .tuned import tuned
 
@@ -174,15 +175,23 @@ class _Plan:
         return cls(block_m, block_n, block_d, config["num_warps"], config["num_stages"], splits)
 
 
-torch.library.define(
-    "llava15::flash_decode",
-    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor cache_leftpad, float softmax_scale, bool causal, "
-    "int num_splits) -> Tensor",
+def _cost(q: torch.Tensor, k_cache: torch.Tensor, *others: Any) -> Cost:
+    """As if the cache were full: how full it is only the device knows."""
+    v_cache, cache_seqlens, cache_leftpad, _, _, num_splits = others
+    splits = _Plan.choose(q, k_cache, num_splits).splits
+    lse = 4 * splits * (q.numel() // q.shape[-1])
+    partial = 4 * splits * q.numel() if splits > 1 else 0
+    read = nbytes(q, k_cache, v_cache, cache_seqlens, cache_leftpad)
+    return Cost(1 + (splits > 1), read + partial + (lse if splits > 1 else 0), nbytes(q) + partial + lse)
+
+
+@operator(
+    "flash_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor cache_leftpad, float softmax_scale, "
+    "bool causal, int num_splits) -> Tensor",
+    fake=lambda q, *_: empty_as(q),
+    cost=_cost,
 )
-
-
-@torch.library.impl("llava15::flash_decode", ("cpu", "cuda"))
-def _(
+def _flash_decode(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -194,7 +203,7 @@ def _(
 ) -> torch.Tensor:
     batch, n_queries, heads, head_dim = q.shape
     capacity, kv_heads = k_cache.shape[1:3]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = empty_as(q)
     if out.numel() == 0:
         return out
     q = q if q.stride(-1) == 1 else q.contiguous()
@@ -222,40 +231,6 @@ def _(
                 **LAUNCH_OPTIONS,
             )  # fmt: skip
     return out
-
-
-@torch.library.register_fake("llava15::flash_decode")
-def _(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    cache_seqlens: torch.Tensor,
-    cache_leftpad: torch.Tensor,
-    softmax_scale: float,
-    causal: bool,
-    num_splits: int,
-) -> torch.Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-
-
-@declares_cost("flash_decode")
-def _(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    cache_seqlens: torch.Tensor,
-    cache_leftpad: torch.Tensor,
-    softmax_scale: float,
-    causal: bool,
-    num_splits: int,
-) -> Cost:
-    """As if the cache were full: how full it is only the device knows."""
-    splits = _Plan.choose(q, k_cache, num_splits).splits
-    rows = q.numel() // q.shape[-1]
-    lse = 4 * splits * rows
-    partial = 4 * splits * q.numel() if splits > 1 else 0
-    read = nbytes(q, k_cache, v_cache, cache_seqlens, cache_leftpad)
-    return Cost(1 + (splits > 1), read + partial + (lse if splits > 1 else 0), nbytes(q) + partial + lse)
 
 
 def flash_attn_with_kvcache(

@@ -22,9 +22,12 @@ import triton
 import triton.language as tl
 
 from ._dispatch import LAUNCH_OPTIONS, Backend, as_rows, cdiv, choose_backend, launching, next_power_of_2
-from .cost import Cost, declares_cost, nbytes
+from ._registry import Cost, empty_as, nbytes, operator
 
 MAX_WIDTH = 16384
+
+Outputs = tuple[torch.Tensor, torch.Tensor | None]
+"""y, and the rounded sum where there is a residual."""
 
 
 @triton.jit
@@ -77,11 +80,9 @@ def _layer_norm_kernel(
     tl.store(y_ptr + rows * N + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def _empty_outputs(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _empty_outputs(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor) -> Outputs:
     y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
-    return y, None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return y, None if residual is None else empty_as(x)
 
 
 def _launch(
@@ -91,7 +92,7 @@ def _launch(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> Outputs:
     y, total = _empty_outputs(x, residual, weight)
     if x.numel() == 0:
         return y, total
@@ -112,76 +113,44 @@ def _launch(
     return y, total
 
 
-torch.library.define("llava15::rms_norm", "(Tensor x, Tensor weight, float eps) -> Tensor")
-torch.library.define("llava15::add_rms_norm", "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)")
-torch.library.define("llava15::layer_norm", "(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor")
-torch.library.define(
-    "llava15::add_layer_norm", "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)"
+def _cost(x: torch.Tensor, residual: torch.Tensor | None, *vectors: torch.Tensor) -> Cost:
+    return Cost(1, nbytes(x, residual, *vectors), nbytes(*_empty_outputs(x.to("meta"), residual, vectors[0])))
+
+
+@operator(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    fake=lambda x, weight, eps: _empty_outputs(x, None, weight)[0],
+    cost=lambda x, weight, eps: _cost(x, None, weight),
 )
-
-
-@torch.library.impl("llava15::rms_norm", ("cpu", "cuda"))
-def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return _launch(_rms_norm_kernel, x, None, weight, None, eps)[0]
 
 
-@torch.library.impl("llava15::add_rms_norm", ("cpu", "cuda"))
-def _(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+@operator(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    fake=lambda x, residual, weight, eps: _empty_outputs(x, residual, weight),
+    cost=lambda x, residual, weight, eps: _cost(x, residual, weight),
+)
+def _add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> Outputs:
     return _launch(_rms_norm_kernel, x, residual, weight, None, eps)
 
 
-@torch.library.impl("llava15::layer_norm", ("cpu", "cuda"))
-def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+@operator(
+    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor",
+    fake=lambda x, weight, bias, eps: _empty_outputs(x, None, weight)[0],
+    cost=lambda x, weight, bias, eps: _cost(x, None, weight, bias),
+)
+def _layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
     return _launch(_layer_norm_kernel, x, None, weight, bias, eps)[0]
 
 
-@torch.library.impl("llava15::add_layer_norm", ("cpu", "cuda"))
-def _(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+@operator(
+    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
+    fake=lambda x, residual, weight, bias, eps: _empty_outputs(x, residual, weight),
+    cost=lambda x, residual, weight, bias, eps: _cost(x, residual, weight, bias),
+)
+def _add_layer_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> Outputs:
     return _launch(_layer_norm_kernel, x, residual, weight, bias, eps)
-
-
-@torch.library.register_fake("llava15::rms_norm")
-def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return _empty_outputs(x, None, weight)[0]
-
-
-@torch.library.register_fake("llava15::add_rms_norm")
-def _(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return _empty_outputs(x, residual, weight)
-
-
-@torch.library.register_fake("llava15::layer_norm")
-def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    return _empty_outputs(x, None, weight)[0]
-
-
-@torch.library.register_fake("llava15::add_layer_norm")
-def _(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _empty_outputs(x, residual, weight)
-
-
-@declares_cost("rms_norm")
-def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Cost:
-    return Cost(1, nbytes(x, weight), nbytes(*_empty_outputs(x.to("meta"), None, weight)))
-
-
-@declares_cost("add_rms_norm")
-def _(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> Cost:
-    return Cost(1, nbytes(x, residual, weight), nbytes(*_empty_outputs(x.to("meta"), residual, weight)))
-
-
-@declares_cost("layer_norm")
-def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> Cost:
-    return Cost(1, nbytes(x, weight, bias), nbytes(*_empty_outputs(x.to("meta"), None, weight)))
-
-
-@declares_cost("add_layer_norm")
-def _(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> Cost:
-    return Cost(1, nbytes(x, residual, weight, bias), nbytes(*_empty_outputs(x.to("meta"), residual, weight)))
 
 
 def rms_norm(

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from ._dispatch import LAUNCH_OPTIONS, Backend, cdiv, check_bounds, choose_backend, launching, next_power_of_2
-from .cost import Cost, declares_cost, nbytes
+from ._registry import Cost, nbytes, operator
 from .norms import MAX_WIDTH, layer_norm_ref
 
 
@@ -55,12 +55,6 @@ def _patch_merge_kernel(
     tl.store(out_ptr + patches[:, None] * N + columns, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-torch.library.define(
-    "llava15::patch_merge",
-    "(Tensor x, Tensor weight, Tensor bias, float eps, Tensor cu_seqlens, int merge_size) -> Tensor",
-)
-
-
 def _empty_output(x: torch.Tensor, weight: torch.Tensor, cu_seqlens: torch.Tensor, merge_size: int) -> torch.Tensor:
     n_patches = x.shape[0] - (cu_seqlens.shape[0] - 1)
     block = merge_size**2
@@ -68,8 +62,18 @@ def _empty_output(x: torch.Tensor, weight: torch.Tensor, cu_seqlens: torch.Tenso
     return torch.empty((n_patches // block, block * x.shape[1]), dtype=dtype, device=x.device)
 
 
-@torch.library.impl("llava15::patch_merge", ("cpu", "cuda"))
-def _(
+def _cost(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, _: float, cu_seqlens: torch.Tensor, size: int) -> Cost:
+    patches = nbytes(x) - (cu_seqlens.shape[0] - 1) * x.shape[1] * x.element_size()
+    written = nbytes(_empty_output(x.to("meta"), weight, cu_seqlens, size))
+    return Cost(1, patches + nbytes(weight, bias, cu_seqlens), written)
+
+
+@operator(
+    "patch_merge(Tensor x, Tensor weight, Tensor bias, float eps, Tensor cu_seqlens, int merge_size) -> Tensor",
+    fake=lambda x, weight, bias, eps, cu_seqlens, merge_size: _empty_output(x, weight, cu_seqlens, merge_size),
+    cost=_cost,
+)
+def _patch_merge(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, cu_seqlens: torch.Tensor, merge_size: int
 ) -> torch.Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -87,20 +91,6 @@ def _(
             num_warps=4 if block_n <= 4096 else 8, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return out
-
-
-@torch.library.register_fake("llava15::patch_merge")
-def _(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, cu_seqlens: torch.Tensor, merge_size: int
-) -> torch.Tensor:
-    return _empty_output(x, weight, cu_seqlens, merge_size)
-
-
-@declares_cost("patch_merge")
-def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, cu_seqlens: torch.Tensor, merge_size: int) -> Cost:
-    patches = nbytes(x) - (cu_seqlens.shape[0] - 1) * x.shape[1] * x.element_size()
-    written = nbytes(_empty_output(x.to("meta"), weight, cu_seqlens, merge_size))
-    return Cost(1, patches + nbytes(weight, bias, cu_seqlens), written)
 
 
 def patch_merge(

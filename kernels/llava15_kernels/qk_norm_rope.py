@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from ._dispatch import LAUNCH_OPTIONS, Backend, cdiv, choose_backend, launching, next_power_of_2, warps_for
-from .cost import Cost, declares_cost, nbytes
+from ._registry import Cost, empty_as, nbytes, operator
 from .flash_attn import MAX_HEAD_DIM
 from .norms import rms_norm_torch
 
@@ -112,13 +112,13 @@ def _qk_norm_rope_kernel(
 def _launch(
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor | None,
     q_weight: torch.Tensor,
     k_weight: torch.Tensor,
     eps: float,
     position_ids: torch.Tensor,
     inv_freq: torch.Tensor,
     scaling: float,
+    v: torch.Tensor | None,
     k_out: torch.Tensor,
     v_out: torch.Tensor | None,
     slot_mapping: torch.Tensor | None,
@@ -126,7 +126,7 @@ def _launch(
     """k_out and v_out are (slots, kv_heads, head_dim)."""
     batch, length, q_heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    q_out = empty_as(q)
     if k.numel() == 0:
         return q_out
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
@@ -152,15 +152,16 @@ def _launch(
 
 
 _INPUTS = "Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, float eps, Tensor position_ids, Tensor inv_freq, float scaling"
-torch.library.define("llava15::qk_norm_rope", f"({_INPUTS}) -> (Tensor, Tensor)")
-torch.library.define(
-    "llava15::qk_norm_rope_into_cache",
-    f"({_INPUTS}, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> Tensor",
+
+
+@operator(
+    f"qk_norm_rope({_INPUTS}) -> (Tensor, Tensor)",
+    fake=lambda q, k, *_: (empty_as(q), empty_as(k)),
+    cost=lambda q, k, q_weight, k_weight, eps, position_ids, inv_freq, scaling: Cost(
+        1, nbytes(q, k, q_weight, k_weight, position_ids, inv_freq), nbytes(q, k)
+    ),
 )
-
-
-@torch.library.impl("llava15::qk_norm_rope", ("cpu", "cuda"))
-def _(
+def _qk_norm_rope(
     q: torch.Tensor,
     k: torch.Tensor,
     q_weight: torch.Tensor,
@@ -170,95 +171,18 @@ def _(
     inv_freq: torch.Tensor,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    q_out = _launch(q, k, None, q_weight, k_weight, eps, position_ids, inv_freq, scaling, k_out.flatten(0, 1), None, None)
-    return q_out, k_out
+    k_out = empty_as(k)
+    return _launch(q, k, q_weight, k_weight, eps, position_ids, inv_freq, scaling, None, k_out.flatten(0, 1), None, None), k_out
 
 
-@torch.library.impl("llava15::qk_norm_rope_into_cache", ("cpu", "cuda"))
-def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    eps: float,
-    position_ids: torch.Tensor,
-    inv_freq: torch.Tensor,
-    scaling: float,
-    v: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-) -> torch.Tensor:
-    return _launch(
-        q, k, v, q_weight, k_weight, eps, position_ids, inv_freq, scaling, k_cache, v_cache, slot_mapping
-    )  # fmt: skip
-
-
-@torch.library.register_fake("llava15::qk_norm_rope")
-def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    eps: float,
-    position_ids: torch.Tensor,
-    inv_freq: torch.Tensor,
-    scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-
-
-@torch.library.register_fake("llava15::qk_norm_rope_into_cache")
-def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    eps: float,
-    position_ids: torch.Tensor,
-    inv_freq: torch.Tensor,
-    scaling: float,
-    v: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-) -> torch.Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-
-
-@declares_cost("qk_norm_rope")
-def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    eps: float,
-    position_ids: torch.Tensor,
-    inv_freq: torch.Tensor,
-    scaling: float,
-) -> Cost:
-    return Cost(1, nbytes(q, k, q_weight, k_weight, position_ids, inv_freq), nbytes(q, k))
-
-
-@declares_cost("qk_norm_rope_into_cache")
-def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    eps: float,
-    position_ids: torch.Tensor,
-    inv_freq: torch.Tensor,
-    scaling: float,
-    v: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-) -> Cost:
-    """New tokens only, as if each had a row in the cache."""
-    read = nbytes(q, k, v, q_weight, k_weight, position_ids, inv_freq, slot_mapping)
-    return Cost(1, read, nbytes(q, k, v))
+# The cost is that of new tokens with a row in the cache each.
+operator(
+    f"qk_norm_rope_into_cache({_INPUTS}, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> Tensor",
+    fake=lambda q, *_: empty_as(q),
+    cost=lambda q, k, q_weight, k_weight, eps, position_ids, inv_freq, scaling, v, k_cache, v_cache, slot_mapping: Cost(
+        1, nbytes(q, k, v, q_weight, k_weight, position_ids, inv_freq, slot_mapping), nbytes(q, k, v)
+    ),
+)(_launch)
 
 
 def qk_norm_rope(

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from ._dispatch import LAUNCH_OPTIONS, Backend, cdiv, choose_backend, launching, next_power_of_2
-from .cost import Cost, declares_cost, nbytes
+from ._registry import Cost, empty_as, nbytes, operator
 
 
 @triton.jit
@@ -65,19 +65,17 @@ def _vision_rope_kernel(
     _rotate(k_ptr, k_out_ptr, row * stride_ks + head * stride_kh + pair, out, cos, sin, mask, HALF)
 
 
-torch.library.define(
-    "llava15::vision_rope_2d",
-    "(Tensor q, Tensor k, Tensor position_ids, Tensor inv_freq, Tensor class_pos_emb) -> (Tensor, Tensor)",
+@operator(
+    "vision_rope_2d(Tensor q, Tensor k, Tensor position_ids, Tensor inv_freq, Tensor class_pos_emb) -> (Tensor, Tensor)",
+    fake=lambda q, k, *_: (empty_as(q), empty_as(k)),
+    cost=lambda q, k, *others: Cost(1, nbytes(q, k, *others), nbytes(q, k)),
 )
-
-
-@torch.library.impl("llava15::vision_rope_2d", ("cpu", "cuda"))
-def _(
+def _vision_rope_2d(
     q: torch.Tensor, k: torch.Tensor, position_ids: torch.Tensor, inv_freq: torch.Tensor, class_pos_emb: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     n_rows, heads, head_dim = q.shape
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    q_out, k_out = empty_as(q), empty_as(k)
     if q.numel() == 0:
         return q_out, k_out
     block_h, block_d = next_power_of_2(heads), next_power_of_2(head_dim // 2)
@@ -91,20 +89,6 @@ def _(
             num_warps=4, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return q_out, k_out
-
-
-@torch.library.register_fake("llava15::vision_rope_2d")
-def _(
-    q: torch.Tensor, k: torch.Tensor, position_ids: torch.Tensor, inv_freq: torch.Tensor, class_pos_emb: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-
-
-@declares_cost("vision_rope_2d")
-def _(
-    q: torch.Tensor, k: torch.Tensor, position_ids: torch.Tensor, inv_freq: torch.Tensor, class_pos_emb: torch.Tensor
-) -> Cost:
-    return Cost(1, nbytes(q, k, position_ids, inv_freq, class_pos_emb), nbytes(q, k))
 
 
 def vision_rope_2d(

@@ -309,7 +309,7 @@ def test_rates_are_of_the_ceiling_of_the_same_run(tmp_path, monkeypatch):
 
 def test_counted_bytes_are_the_declared_ones():
     """Two counts made apart: the table's, and what the operators declare."""
-    from llava15_kernels.cost import cost_of
+    from llava15_kernels._registry import OPERATORS
 
     for case in cases(tiny=True):
         checker = Checker(case, torch.device("cpu"), torch.float16)
@@ -317,15 +317,15 @@ def test_counted_bytes_are_the_declared_ones():
         if case.kernel == "rms_norm":
             x, weight, *residual = inputs
             op = "add_rms_norm" if residual else "rms_norm"
-            assert checker.traffic == cost_of(op, x, *residual, weight, 1e-6).bytes
+            assert checker.traffic == OPERATORS[op].cost(x, *residual, weight, 1e-6).bytes
         elif case.kernel == "qk_norm_rope":
             q, k, v, *weights, positions, frequencies, k_cache, v_cache = inputs
-            declared = cost_of(
-                "qk_norm_rope_into_cache", q, k, *weights, 1e-6, positions, frequencies, 1.0, v, k_cache, v_cache, positions
+            declared = OPERATORS["qk_norm_rope_into_cache"].cost(
+                q, k, *weights, 1e-6, positions, frequencies, 1.0, v, k_cache, v_cache, positions
             )
             assert checker.traffic == declared.bytes - positions.nbytes
         elif case.kernel == "vision_rope_2d":
-            assert checker.traffic == cost_of("vision_rope_2d", *inputs).bytes
+            assert checker.traffic == OPERATORS["vision_rope_2d"].cost(*inputs).bytes
 
 
 def test_pytest_outcomes_are_written_as_they_come(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import torch
 import torch._dynamo.testing
 
 from llava15_kernels._dispatch import as_if_on
-from llava15_kernels.cost import cost_of, declared_operators
+from llava15_kernels._registry import OPERATORS as DECLARED
 from llava15_kernels.flash_decode import _Plan
 from llava15_kernels.testing import DTYPES
 
@@ -46,7 +46,7 @@ def arguments(device, dtype=torch.float32):
     }
 
 
-OPERATORS = list(declared_operators())
+OPERATORS = [name for name, operator in DECLARED.items() if operator.cost]
 
 
 def test_every_operator_is_tested(device):
@@ -83,7 +83,7 @@ def test_compiles_to_one_graph(device, op):
 @pytest.mark.parametrize("op", OPERATORS)
 def test_declared_cost_is_the_real_one(device, op, dtype, launches, stored_bytes):
     call = arguments(device, dtype)[op]
-    cost = cost_of(op, *call)
+    cost = DECLARED[op].cost(*call)
     getattr(torch.ops.llava15, op)(*call)
     assert len(launches) == cost.launches
     if stored_bytes is not None:
@@ -100,7 +100,7 @@ def test_flash_attn_through_descriptors(device, launches, stored_bytes):
         out = operator(*call)
         assert launches == ["_flash_attn_tiles_kernel"]
         if stored_bytes is not None:
-            assert sum(stored_bytes) == cost_of("flash_attn_varlen", *call).written
+            assert sum(stored_bytes) == DECLARED["flash_attn_varlen"].cost(*call).written
         torch._dynamo.reset()
         assert torch.equal(torch.compile(operator, fullgraph=True, backend="aot_eager")(*call), out)
         torch.library.opcheck(operator.default, call)
@@ -129,11 +129,11 @@ def test_fakes_allocate_as_the_launchers_do(device, op):
     from torch._subclasses import FakeTensorMode
 
     call = arguments(device)[op]
-    real, cost = getattr(torch.ops.llava15, op)(*call), cost_of(op, *call)
+    real, cost = getattr(torch.ops.llava15, op)(*call), DECLARED[op].cost(*call)
     with FakeTensorMode() as mode:
         faked = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in call]
         fake = getattr(torch.ops.llava15, op)(*faked)
-        assert cost_of(op, *faked) == cost
+        assert DECLARED[op].cost(*faked) == cost
     for ours, theirs in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (fake, real)), strict=True):
         assert (ours.shape, ours.dtype, ours.stride(), ours.device) == (
             theirs.shape,
