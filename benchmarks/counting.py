@@ -6,8 +6,8 @@
 
 Every operator that is not a view counts as one launch, reads its inputs and writes its outputs once; the operators of
 `llava15_kernels` count as they declare (`Operator.cost`). Operations are those of matrix products and attention, by the
-formulas of `torch.utils.flop_counter` where it has one; a causal attention that skips what is masked counts what it computes. These are
-counts, not measurements.
+formulas of `torch.utils.flop_counter` where it has one; a causal attention that skips what is masked counts what it
+computes. These are counts, not measurements.
 """
 
 from __future__ import annotations

@@ -440,12 +440,9 @@ def flash_attn_varlen_func(
     if cu_seqlens_k is not cu_seqlens_q or k.shape[0] != q.shape[0] or max_seqlen_k != max_seqlen_q:
         check_bounds("flash_attn_varlen_func", "cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
     softmax_scale = scale_of("flash_attn_varlen_func", softmax_scale, q)
-    if choose_backend("flash_attn_varlen_func", backend, q, k, v) == "torch":
-        # The lengths have to be known to the host, which torch.compile cannot look into: one opaque node for it.
-        opaque = torch.compiler.is_compiling() and not needs_grad(q, k, v)
-        attend = torch.ops.llava15.flash_attn_varlen_sdpa if opaque else flash_attn_varlen_sdpa
-        return attend(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
-    return torch.ops.llava15.flash_attn_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, softmax_scale, causal)
+    torch_backend = choose_backend("flash_attn_varlen_func", backend, q, k, v) == "torch"
+    run = flash_attn_varlen_torch if torch_backend else torch.ops.llava15.flash_attn_varlen
+    return run(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, softmax_scale, causal)
 
 
 def refuse_options(op: str, **options: object) -> None:
@@ -511,6 +508,22 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format) if x.is_cuda and any(step % 16 for step in steps) else x
 
 
+def flash_attn_varlen_torch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    softmax_scale: float,
+    causal: bool,
+) -> torch.Tensor:
+    """The torch backend. The host needs the lengths, which torch.compile cannot look into: one opaque node for it."""
+    opaque = torch.compiler.is_compiling() and not needs_grad(q, k, v)
+    attend = torch.ops.llava15.flash_attn_varlen_sdpa if opaque else flash_attn_varlen_sdpa
+    return attend(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
+
+
 @operator(
     "flash_attn_varlen_sdpa(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float softmax_scale, "
     "bool causal) -> Tensor",
@@ -525,7 +538,7 @@ def flash_attn_varlen_sdpa(
     softmax_scale: float,
     causal: bool,
 ) -> torch.Tensor:
-    """The torch backend: `scaled_dot_product_attention`, neighbouring segments of equal lengths in one call."""
+    """`scaled_dot_product_attention`, neighbouring segments of equal lengths in one call."""
     lengths_q, lengths_k = (cu_seqlens.diff().tolist() for cu_seqlens in (cu_seqlens_q, cu_seqlens_k))
     group = q.shape[1] // k.shape[1]
     q, k, v = map(_aligned, (q, k, v))

@@ -301,10 +301,9 @@ def flash_attn_with_kvcache(
                 f"({batch},) on {q.device}"
             )
     softmax_scale = scale_of("flash_attn_with_kvcache", softmax_scale, q)
-    arguments = (q, k_cache, v_cache, cache_seqlens, cache_leftpad, softmax_scale, causal)
-    if choose_backend("flash_attn_with_kvcache", backend, q, k_cache, v_cache) == "torch":
-        return flash_attn_with_kvcache_sdpa(*arguments)
-    return torch.ops.llava15.flash_decode(*arguments, num_splits)
+    torch_backend = choose_backend("flash_attn_with_kvcache", backend, q, k_cache, v_cache) == "torch"
+    run = flash_decode_torch if torch_backend else torch.ops.llava15.flash_decode
+    return run(q, k_cache, v_cache, cache_seqlens, cache_leftpad, softmax_scale, causal, num_splits)
 
 
 def _check(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> tuple[int, int]:
@@ -334,7 +333,7 @@ def _check(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> tup
     return batch, k_cache.shape[1]
 
 
-def flash_attn_with_kvcache_sdpa(
+def flash_decode_torch(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -342,6 +341,7 @@ def flash_attn_with_kvcache_sdpa(
     cache_leftpad: torch.Tensor,
     softmax_scale: float,
     causal: bool,
+    num_splits: int = 0,
 ) -> torch.Tensor:
     """The torch backend: `scaled_dot_product_attention`, the heads of a KV head as further queries of it."""
     length, heads = q.shape[1:3]

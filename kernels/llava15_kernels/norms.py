@@ -178,11 +178,8 @@ def rms_norm(
         TypeError: an unsupported dtype.
     """
     _check("rms_norm", x, residual, weight=weight)
-    if choose_backend("rms_norm", backend, x, weight, residual) == "torch":
-        return rms_norm_torch(x, weight, eps, residual)
-    if residual is None:
-        return torch.ops.llava15.rms_norm(x, weight, eps)
-    return torch.ops.llava15.add_rms_norm(x, residual, weight, eps)
+    torch_backend = choose_backend("rms_norm", backend, x, weight, residual) == "torch"
+    return (rms_norm_torch if torch_backend else rms_norm_triton)(x, weight, eps, residual)
 
 
 def layer_norm(
@@ -211,11 +208,8 @@ def layer_norm(
         TypeError: an unsupported dtype.
     """
     _check("layer_norm", x, residual, weight=weight, bias=bias)
-    if choose_backend("layer_norm", backend, x, weight, bias, residual) == "torch":
-        return layer_norm_ref(x, weight, bias, eps, residual)
-    if residual is None:
-        return torch.ops.llava15.layer_norm(x, weight, bias, eps)
-    return torch.ops.llava15.add_layer_norm(x, residual, weight, bias, eps)
+    torch_backend = choose_backend("layer_norm", backend, x, weight, bias, residual) == "torch"
+    return (layer_norm_ref if torch_backend else layer_norm_triton)(x, weight, bias, eps, residual)
 
 
 def _check(op: str, x: torch.Tensor, residual: torch.Tensor | None, **vectors: torch.Tensor) -> None:
@@ -228,6 +222,24 @@ def _check(op: str, x: torch.Tensor, residual: torch.Tensor | None, **vectors: t
             )
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(f"{op}: residual {tuple(residual.shape)} {residual.dtype} must be as x {tuple(x.shape)} {x.dtype}")
+
+
+def rms_norm_triton(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`rms_norm` by its operators, unchecked."""
+    if residual is None:
+        return torch.ops.llava15.rms_norm.default(x, weight, eps)
+    return torch.ops.llava15.add_rms_norm.default(x, residual, weight, eps)
+
+
+def layer_norm_triton(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`layer_norm` by its operators, unchecked."""
+    if residual is None:
+        return torch.ops.llava15.layer_norm.default(x, weight, bias, eps)
+    return torch.ops.llava15.add_layer_norm.default(x, residual, weight, bias, eps)
 
 
 def rms_norm_ref(

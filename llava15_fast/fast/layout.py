@@ -55,7 +55,7 @@ class TextLayout:
         position_ids: (1, T), of the rows.
         rows: (T,) indices of the tokens in the flattened (B, L); None without padding.
         slots: (1, T) slots of the flattened cache (B * capacity) to write to; None without a cache.
-        segments: cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k of varlen attention, or None.
+        segments: cu_seqlens_q, cu_seqlens_k, max_seqlen_q of varlen attention, or None.
         total_k: number of key rows that the segments cover.
         cache_seqlens, cache_leftpad: (B,) int32 for split-KV attention, or None.
     """
@@ -63,7 +63,7 @@ class TextLayout:
     position_ids: torch.Tensor
     rows: torch.Tensor | None = None
     slots: torch.Tensor | None = None
-    segments: tuple[torch.Tensor, torch.Tensor, int, int] | None = None
+    segments: tuple[torch.Tensor, torch.Tensor, int] | None = None
     total_k: int = 0
     cache_seqlens: torch.Tensor | None = None
     cache_leftpad: torch.Tensor | None = None
@@ -105,7 +105,7 @@ def prompt_layout(tokens: Spans, position_ids: torch.Tensor, capacity: int | Non
     if capacity is None and tokens.is_full:
         length = tokens.length
         bounds = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
-        return TextLayout(position_ids, segments=(bounds, bounds, length, length), total_k=batch * length)
+        return TextLayout(position_ids, segments=(bounds, bounds, length), total_k=batch * length)
     rows = None if tokens.is_full else tokens.indices(tokens.length, tokens.past, device)
     if rows is not None:
         position_ids = position_ids[:, rows]
@@ -136,8 +136,8 @@ def decode_layout(position_ids: torch.Tensor, numbers: torch.Tensor, batch: int)
     return TextLayout(position_ids, slots=slots[None], cache_seqlens=seqlens, cache_leftpad=leftpad)
 
 
-def _segments(lengths_q: list[int], lengths_k: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+def _segments(lengths_q: list[int], lengths_k: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Drops pairs of empty segments."""
     pairs = [pair for pair in zip(lengths_q, lengths_k, strict=True) if pair != (0, 0)]
     rows = [[0, *accumulate(lengths)] for lengths in zip(*pairs, strict=True)]
-    return (*send(torch.tensor(rows, dtype=torch.int32, device="cpu"), device), max(lengths_q), max(lengths_k))
+    return (*send(torch.tensor(rows, dtype=torch.int32, device="cpu"), device), max(lengths_q))

@@ -28,9 +28,9 @@ from transformers import Qwen3Model
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from llava15_kernels import flash_attn_varlen_func, flash_attn_with_kvcache, qk_norm_rope, rms_norm, silu_and_mul
 from llava15_kernels.flash_decode import max_rows
 from llava15_kernels.qk_norm_rope import norm_and_rotate, rope_tables, write_rows
+from llava15_kernels.unchecked import unchecked
 
 from ..model.modeling import send
 from ..model.releases import CACHE, as_argument
@@ -294,6 +294,7 @@ class Run:
 
     def __init__(self, module: nn.Module, layout: TextLayout, batch: int, backend: str, shape: tuple[int, int] | None) -> None:
         self.layout, self.batch, self.backend, self.shape, config = layout, batch, backend, shape, module.config
+        self.ops = unchecked(backend)
         # Read once: attribute access on transformers' configurations is slow.
         self.heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
         rope = layout.position_ids, module.rotary_emb.inv_freq.float(), module.rotary_emb.attention_scaling
@@ -301,7 +302,7 @@ class Run:
         self.rope = rope_tables(*rope) if backend == "torch" else rope
 
     def norm(self, norm: nn.Module, x: torch.Tensor, *residual: torch.Tensor) -> Any:
-        return rms_norm(x, norm.weight, norm.variance_epsilon, *residual, backend=self.backend)
+        return self.ops.rms_norm(x, norm.weight, norm.variance_epsilon, *residual)
 
     def project(self, x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
         """Linear layers on the same rows (T, width): the one place that decides how they run."""
@@ -313,31 +314,29 @@ class Run:
         gate, up = self.project(normed, mlp.gate_proj, mlp.up_proj)
         if self.backend == "torch" and is_plain(mlp.gate_proj):  # no hook may hold its output
             return nn.functional.silu(gate, inplace=True).mul_(up)
-        return silu_and_mul(gate, up, backend=self.backend)
+        return self.ops.silu_and_mul(gate, up)
 
     def attend(self, attention: nn.Module, normed: torch.Tensor, kv_buffer: Pair | None) -> torch.Tensor:
         """(T, width) -> (T, heads * head_dim): projections, QK norm, RoPE, cache update, attention."""
-        layout, backend, head_dim = self.layout, self.backend, attention.head_dim
+        layout, head_dim = self.layout, attention.head_dim
         projected = self.project(normed, attention.q_proj, attention.k_proj, attention.v_proj)
         q, k, v = (x.view(1, -1, n, head_dim) for x, n in zip(projected, self.heads, strict=True))
         norms = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon
         keys, values = (k[0], v[0]) if kv_buffer is None else (side.flatten(0, 1) for side in kv_buffer)
-        if backend == "torch":
+        if self.backend == "torch":
             q, k = norm_and_rotate(q, k, *norms, *self.rope)
             if kv_buffer is not None:
                 write_rows(keys, values, layout.slots, k, v)
+        elif kv_buffer is None:
+            q, k = torch.ops.llava15.qk_norm_rope.default(q, k, *norms, *self.rope)
         else:
-            *angles, scaling = self.rope
-            cache = {} if kv_buffer is None else {"v": v, "k_cache": keys, "v_cache": values, "slot_mapping": layout.slots}
-            q = qk_norm_rope(q, k, *norms, *angles, attention_scaling=scaling, backend=backend, **cache)
-            if kv_buffer is None:
-                q, k = q
-        options = {"softmax_scale": attention.scaling, "causal": True, "backend": backend}
+            cache = v, keys, values, layout.slots
+            q = torch.ops.llava15.qk_norm_rope_into_cache.default(q, k, *norms, *self.rope, *cache)
         if layout.cache_seqlens is not None:
-            options |= {"cache_seqlens": layout.cache_seqlens, "cache_leftpad": layout.cache_leftpad}
-            attended = flash_attn_with_kvcache(q.view(self.batch, -1, self.heads[0], head_dim), *kv_buffer, **options)
+            queries, lengths = q.view(self.batch, -1, self.heads[0], head_dim), (layout.cache_seqlens, layout.cache_leftpad)
+            attended = self.ops.flash_decode(queries, *kv_buffer, *lengths, attention.scaling, True, 0)
         else:
             keys = k[0] if kv_buffer is None else keys
             covered = keys[: layout.total_k], values[: layout.total_k]
-            attended = flash_attn_varlen_func(q[0], *covered, *layout.segments, **options)
+            attended = self.ops.flash_attn_varlen(q[0], *covered, *layout.segments, attention.scaling, True)
         return attended.view(normed.shape[0], -1)

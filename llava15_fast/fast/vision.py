@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava15_kernels import flash_attn_varlen_func, gelu, layer_norm, patch_merge, vision_rope_2d
+from llava15_kernels.unchecked import unchecked
 from llava15_kernels.vision_rope import apply_rope_tables, vision_rope_tables
 
 from ..model.modeling import LlavaOnevision1_5VisionModel, VisionLayout
@@ -48,7 +48,7 @@ class FastVisionModel(FastModule, LlavaOnevision1_5VisionModel):
         hidden_states[layout.cu_seqlens[:-1]] = self.class_embedding.to(weight.dtype)
         hidden_states[layout.patch_rows] = nn.functional.linear(x, weight.flatten(1))
         norm = self.pre_layernorm
-        return layer_norm(hidden_states, norm.weight, norm.bias, norm.eps, backend=backend)
+        return unchecked(backend).layer_norm(hidden_states, norm.weight, norm.bias, norm.eps)
 
     def encode(self, hidden_states: torch.Tensor, layout: VisionLayout, **kwargs: Any) -> torch.Tensor:
         runtime, facts = _enter(self, "encode", ENCODE, hidden_states, **kwargs)
@@ -67,9 +67,8 @@ class FastVisionModel(FastModule, LlavaOnevision1_5VisionModel):
         if runtime is None:
             return original(FastVisionModel, self, "merge_patches")(self, hidden_states, layout)
         backend, norm = runtime.record.run("visual.merge_patches", runtime.backend_on(hidden_states.device)), self.merger.ln_q
-        merged = patch_merge(
-            hidden_states, norm.weight, norm.bias, norm.eps, layout.cu_seqlens, self.spatial_merge_size, backend=backend
-        )
+        layer = norm.weight, norm.bias, norm.eps
+        merged = unchecked(backend).patch_merge(hidden_states, *layer, layout.cu_seqlens, self.spatial_merge_size)
         return hidden_states[layout.patch_rows], self.merger.mlp(merged)
 
 
@@ -122,30 +121,29 @@ def run_blocks(
     backend: str,
 ) -> torch.Tensor:  # fmt: skip
     """(S, hidden) -> (S, hidden)."""
+    ops = unchecked(backend)
     angles = position_ids, module.rotary_pos_emb.inv_freq, module.class_pos_emb
     # The kernel computes angles on the fly; the torch backend uses precomputed tables.
     tables = vision_rope_tables(*angles) if backend == "torch" else None
 
     def norm(layer: nn.LayerNorm, *x: torch.Tensor) -> Any:
-        return layer_norm(x[0], layer.weight, layer.bias, layer.eps, *x[1:], backend=backend)
+        return ops.layer_norm(x[0], layer.weight, layer.bias, layer.eps, *x[1:])
 
     def attend(attention: nn.Module, normed: torch.Tensor) -> torch.Tensor:
         query, key, value = attention.qkv(normed).view(-1, 3, attention.num_heads, attention.head_dim).unbind(1)
         if tables is None:
-            query, key = vision_rope_2d(query, key, *angles, backend=backend)
+            query, key = torch.ops.llava15.vision_rope_2d.default(query, key, *angles)
         else:
             query, key = apply_rope_tables(query, key, *tables)
-        attended = flash_attn_varlen_func(
-            query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
-            softmax_scale=attention.scaling, backend=backend,
-        )  # fmt: skip
+        segments = cu_seqlens, cu_seqlens, max_seqlen
+        attended = ops.flash_attn_varlen(query, key, value, *segments, attention.scaling, False)
         return attention.proj(attended.view(normed.shape))
 
     blocks = module.blocks
     normed, residual = norm(blocks[0].norm1, hidden_states), hidden_states
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
         normed, residual = norm(block.norm2, attend(block.attn, normed), residual)
-        hidden_states = block.mlp.fc2(gelu(block.mlp.fc1(normed), backend=backend))
+        hidden_states = block.mlp.fc2(ops.gelu(block.mlp.fc1(normed), None))
         if following is not None:
             normed, residual = norm(following.norm1, hidden_states, residual)
     return hidden_states + residual

@@ -97,15 +97,15 @@ def test_dense_masks_are_what_the_rows_of_that_name_are_against(monkeypatch):
 
 @needs_no_gpu
 def test_a_wrong_result_has_no_ratio(tmp_path, monkeypatch, capsys):
-    from llava15_fast.fast import text
+    from llava15_kernels.unchecked import unchecked
 
-    right = text.rms_norm
+    right = unchecked("torch").rms_norm
 
     def wrong(*args, **options):
         out = right(*args, **options)
         return (out[0] * 1.0001, *out[1:]) if isinstance(out, tuple) else out * 1.0001
 
-    monkeypatch.setattr(text, "rms_norm", wrong)
+    monkeypatch.setattr(unchecked("torch"), "rms_norm", wrong)
     file = tmp_path / "ratio.json"
     assert cpu_ratio.main(["--json", str(file), "--pairs", "2", "--select", "prefill, padded"]) == 1
     found = json.loads(file.read_text())["rows"]

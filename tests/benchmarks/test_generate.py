@@ -15,7 +15,7 @@ import llava15_fast
 import llava15_kernels.norms
 from benchmarks import generate, gpu_check, rows
 from benchmarks.generate import PROVIDERS, Answerer, Prompts, Shape
-from llava15_fast.fast import text
+from llava15_kernels.unchecked import unchecked
 
 CPU = torch.device("cpu")
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's run")
@@ -68,14 +68,14 @@ def test_the_kernels_themselves_are_verified(monkeypatch):
 
 def test_a_wrong_kernel_gets_no_time(tmp_path, torch_backend, monkeypatch):
     """Only while decoding: one head is off by a hundredth."""
-    right = text.flash_attn_with_kvcache
+    right = unchecked("torch").flash_decode
 
     def wrong(*args, **kwargs):
         out = right(*args, **kwargs)
         out[..., -1, :] *= 0.99
         return out
 
-    monkeypatch.setattr(text, "flash_attn_with_kvcache", wrong)
+    monkeypatch.setattr(unchecked("torch"), "flash_decode", wrong)
     status, found = command(tmp_path, "--images", "0", "--context", "9", "--provider", "patched", "--provider", "sdpa")
     assert status == 1
     ours, theirs = found

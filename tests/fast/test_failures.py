@@ -8,10 +8,12 @@ import torch
 from transformers import StaticCache
 
 import llava15_fast
-from llava15_fast.fast import kv_cache, runtime, text
-from llava15_kernels import flash_attn_with_kvcache
+from llava15_fast.fast import kv_cache, runtime
+from llava15_kernels.unchecked import unchecked
 
 OPTIONS = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+OPS = unchecked("torch")
 
 
 def fails_at(function, call, error):
@@ -45,7 +47,7 @@ def test_error_while_decoding(tiny, prompt, monkeypatch, call, error):
     expected = tiny.generate(**prompt, **OPTIONS)
     llava15_fast.patch(tiny, "torch", cuda_graph=False)
     monkeypatch.setattr(runtime, "_living", weakref.WeakSet())
-    monkeypatch.setattr(text, "flash_attn_with_kvcache", fails_at(flash_attn_with_kvcache, call, error))
+    monkeypatch.setattr(OPS, "flash_decode", fails_at(OPS.flash_decode, call, error))
     with pytest.raises(type(error)):
         tiny.generate(**prompt, **OPTIONS)
     assert torch.equal(tiny.generate(**prompt, **OPTIONS), expected)
@@ -58,7 +60,7 @@ def test_cache_is_usable_after_a_failed_step(tiny, prompt, monkeypatch):
     with torch.no_grad():
         cache = tiny(**prompt, use_cache=True).past_key_values
         length = cache.get_seq_length()
-        monkeypatch.setattr(text, "flash_attn_with_kvcache", fails_at(flash_attn_with_kvcache, 1, RuntimeError("no")))
+        monkeypatch.setattr(OPS, "flash_decode", fails_at(OPS.flash_decode, 1, RuntimeError("no")))
         with pytest.raises(RuntimeError, match="no"):
             tiny(input_ids=step, past_key_values=cache)
         assert cache.get_seq_length() == length

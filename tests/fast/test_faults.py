@@ -21,10 +21,9 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 import llava15_fast
 from llava15_fast import LlavaOnevision1_5ForConditionalGeneration, LlavaOnevision1_5Processor
-from llava15_fast.fast import text
 from llava15_fast.fast.runtime import RUNTIME, FastModule
 from llava15_fast.patching import api
-from llava15_kernels import flash_attn_with_kvcache
+from llava15_kernels.unchecked import unchecked
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT, TINY = ROOT / "assets/scenes_checkpoint", ROOT / "tests/golden/tiny_hub"
@@ -635,15 +634,15 @@ def test_interrupt_during_generate(tiny, prompts, monkeypatch, call):
     inputs = prompts["one_image"]
     expected = tiny.generate(**inputs, **GREEDY)
     handle = llava15_fast.patch(tiny, "torch")
-    left = iter(range(call))
+    left, attend = iter(range(call)), unchecked("torch").flash_decode
 
     def interrupted(*args, **kwargs):
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return flash_attn_with_kvcache(*args, **kwargs)
+        return attend(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(text, "flash_attn_with_kvcache", interrupted)
+        patched.setattr(unchecked("torch"), "flash_decode", interrupted)
         with pytest.raises(KeyboardInterrupt):
             tiny.generate(**inputs, **GREEDY)
     assert torch.equal(tiny.generate(**inputs, **GREEDY), expected) and handle.report().rows
@@ -662,7 +661,7 @@ def test_failing_kernel_raises(tiny, prompts, monkeypatch):
             raise RuntimeError("PTX assembly aborted due to errors")
 
         with monkeypatch.context() as patched:
-            patched.setattr(text, "rms_norm", fails)
+            patched.setattr(unchecked("torch"), "rms_norm", fails)
             with pytest.raises(RuntimeError, match="PTX assembly aborted"):
                 tiny(**inputs)
         torch.testing.assert_close(tiny(**inputs).logits, expected, rtol=0, atol=1e-4)

@@ -7,8 +7,8 @@ import torch
 
 import llava15_fast
 from llava15_fast.fast import generate as generation
-from llava15_fast.fast import vision
 from llava15_fast.fast.runtime import RUNTIME
+from llava15_kernels.unchecked import unchecked
 
 pytestmark = pytest.mark.gpu
 
@@ -78,7 +78,7 @@ def test_no_sync_after_the_vision_tower(tiny, prompts, monkeypatch, cuda_graph, 
     llava15_fast.patch(tiny, cuda_graph=cuda_graph)
     for _ in range(3):
         tiny.generate(**prompt, **options)
-    merge, finished = vision.patch_merge, []
+    merge, finished = unchecked("triton").patch_merge, []
 
     def merged(*args, **kwargs):
         torch.cuda.set_sync_debug_mode("error")
@@ -89,7 +89,7 @@ def test_no_sync_after_the_vision_tower(tiny, prompts, monkeypatch, cuda_graph, 
         finished.append(generated.shape[1])
         return generated.shape[1]
 
-    monkeypatch.setattr(vision, "patch_merge", merged)
+    monkeypatch.setattr(unchecked("triton"), "patch_merge", merged)
     monkeypatch.setattr(generation, "_tokens_needed", needed)
     try:
         tiny.generate(**prompt, **options)

@@ -19,7 +19,8 @@ from llava15_fast.fast import cuda_graphs as graphs_module
 from llava15_fast.fast import kv_cache, limits, text
 from llava15_fast.fast.cuda_graphs import Graphs
 from llava15_fast.fast.runtime import RUNTIME
-from llava15_kernels import flash_decode
+from llava15_kernels import flash_attn_with_kvcache_ref
+from llava15_kernels.unchecked import unchecked
 
 OPTIONS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -95,7 +96,7 @@ def patched(tiny, monkeypatch):
     if not torch.cuda.is_available():
         monkeypatch.setattr(graphs_module, "CapturedStep", Replayed)
         # Reads no lengths, as the kernel.
-        monkeypatch.setattr(flash_decode, "flash_attn_with_kvcache_sdpa", flash_decode.flash_attn_with_kvcache_ref)
+        monkeypatch.setattr(unchecked("torch"), "flash_decode", lambda *args: flash_attn_with_kvcache_ref(*args[:-1]))
         monkeypatch.setattr(Graphs, "can_capture", staticmethod(lambda device: not torch.compiler.is_compiling()))
     Replayed.captured = 0
     handle = llava15_fast.patch(tiny, "auto" if torch.cuda.is_available() else "torch")

@@ -17,6 +17,7 @@ from llava15_fast.tools import cli
 from llava15_fast.tools import verify as verification
 from llava15_fast.tools.cli import assets_folder
 from llava15_fast.tools.verify import Comparison, exact_float32, verify
+from llava15_kernels.unchecked import unchecked
 
 STEPS = 6
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
@@ -124,6 +125,9 @@ def test_the_reference_holds_one_block_at_a_time(endless, prompts, monkeypatch):
     assert {p.dtype for p in endless.parameters()} == {torch.float16}
 
 
+OPS = unchecked("torch")
+
+
 def scaled(function, factor):
     def call(*args, **kwargs):
         result = function(*args, **kwargs)
@@ -136,25 +140,23 @@ def scaled(function, factor):
 @pytest.mark.parametrize(
     ("module", "name", "part"),
     [
-        (vision, "gelu", "visual.blocks.0"),
-        (vision, "layer_norm", "visual.blocks.1"),
-        (vision, "patch_merge", "image features"),
-        (text, "silu_and_mul", "language_model.layers.0"),
-        (text, "rms_norm", "language_model.layers.2"),
+        (OPS, "gelu", "visual.blocks.0"),
+        (OPS, "layer_norm", "visual.blocks.1"),
+        (OPS, "patch_merge", "image features"),
+        (text.Run, "gated", "language_model.layers.0"),
+        (OPS, "rms_norm", "language_model.layers.2"),
         (text, "norm_and_rotate", "language_model.layers.1"),
-        (text, "flash_attn_with_kvcache", "logits"),
+        (OPS, "flash_decode", "logits"),
     ],
 )
 def test_wrong_kernel_is_detected(endless, prompts, monkeypatch, module, name, part, dtype):
     """Five percent in one operation; that of decoding shows in the logits alone."""
-    if name == "silu_and_mul":  # the torch backend has it in two
-        module, name = text.Run, "gated"
     monkeypatch.setattr(module, name, scaled(getattr(module, name), 1.05))
     found = verify(endless.to(dtype), prompts["two_images"], max_new_tokens=STEPS, backend="torch")
     bad = [row.name for row in found.parts if not row.ok]
     assert not found.ok and part in bad, found
     assert "verdict: BAD" in repr(found) and f"failure: {bad[0]}" in repr(found)
-    if name == "flash_attn_with_kvcache":
+    if name == "flash_decode":
         assert bad == ["logits"]
 
 
@@ -362,7 +364,7 @@ def test_command_verdict_ok(capsys):
 
 
 def test_command_verdict_bad(capsys, monkeypatch):
-    monkeypatch.setattr(vision, "gelu", scaled(vision.gelu, 1.05))
+    monkeypatch.setattr(OPS, "gelu", scaled(OPS.gelu, 1.05))
     folder, image = assets_folder() / "scenes_checkpoint", next((assets_folder() / "samples").glob("*.png"))
     arguments = ["verify", "--model", str(folder), "--image", str(image), "--max-new-tokens", "2", "--backend", "torch"]
     assert cli.main(arguments) == 1
