@@ -55,6 +55,27 @@ L2_BYTES = 32 * 2**20
 
 
 @triton.jit
+def _softmax_step(scores, running_sum, running_max, scale):
+    """p, a, l', m' of the formula, for one block of scores in the running softmax."""
+    # A positive scale keeps the order; behind the maximum it is one fused multiply-add a score.
+    new_max = tl.maximum(running_max, tl.max(scores, axis=1) * scale)
+    # A row that has seen nothing yet keeps -inf; 0 in its place avoids (-inf) - (-inf).
+    finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+    p = tl.exp2(scores * scale - finite_max[:, None])
+    alpha = tl.exp2(running_max - finite_max)
+    return p, alpha, running_sum * alpha + tl.sum(p, axis=1), new_max
+
+
+@triton.jit
+def _hide(scores, column, len_k, diagonal, rows, CAUSAL: tl.constexpr):
+    """Scores of keys behind the end, or beyond the diagonal, as -inf."""
+    seen = (column < len_k)[None, :]
+    if CAUSAL:
+        seen = seen & (column[None, :] <= rows[:, None] + diagonal)
+    return tl.where(seen, scores, float("-inf"))
+
+
+@triton.jit
 def _attend(
     acc, running_sum, running_max, q, k_ptr, v_ptr, stride_k, stride_v, start, end, len_k, diagonal, rows, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -83,19 +104,9 @@ def _attend(
         # Without "ieee" a float32 product is TF32, a thousand times less exact; 16-bit products are not affected.
         scores = tl.dot(q, k, input_precision="ieee")
         if MASKED:
-            seen = (column < len_k)[None, :]
-            if CAUSAL:
-                seen = seen & (column[None, :] <= rows[:, None] + diagonal)
-            scores = tl.where(seen, scores, float("-inf"))
-        # A positive scale keeps the order; behind the maximum it is one fused multiply-add a score.
-        new_max = tl.maximum(running_max, tl.max(scores, axis=1) * scale)
-        # A row that has seen nothing yet keeps -inf; 0 in its place avoids (-inf) - (-inf).
-        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        p = tl.exp2(scores * scale - finite_max[:, None])
-        alpha = tl.exp2(running_max - finite_max)
-        running_sum = running_sum * alpha + tl.sum(p, axis=1)
+            scores = _hide(scores, column, len_k, diagonal, rows, CAUSAL)
+        p, alpha, running_sum, running_max = _softmax_step(scores, running_sum, running_max, scale)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-        running_max = new_max
     return acc, running_sum, running_max
 
 
@@ -113,15 +124,8 @@ def _attend_tiles(
         scores = tl.dot(q, k.T)
         column = block + columns
         if MASKED:
-            seen = (column < len_k)[None, :]
-            if CAUSAL:
-                seen = seen & (column[None, :] <= rows[:, None] + diagonal)
-            scores = tl.where(seen, scores, float("-inf"))
-        new_max = tl.maximum(running_max, tl.max(scores, axis=1) * scale)
-        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        p = tl.exp2(scores * scale - finite_max[:, None])
-        alpha = tl.exp2(running_max - finite_max)
-        running_sum = running_sum * alpha + tl.sum(p, axis=1)
+            scores = _hide(scores, column, len_k, diagonal, rows, CAUSAL)
+        p, alpha, running_sum, running_max = _softmax_step(scores, running_sum, running_max, scale)
         v = v_tiles.load([head, start_k + block, 0]).reshape(BLOCK_N, BLOCK_D)
         if MASKED:
             # Past the last key lie the next segment's values: 0 * NaN would be NaN.
@@ -129,7 +133,6 @@ def _attend_tiles(
         if UPCAST:
             v = v.to(tl.float32)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
-        running_max = new_max
     return acc, running_sum, running_max
 
 
@@ -149,8 +152,9 @@ def _place(cu_seqlens_q_ptr, cu_seqlens_k_ptr, n_blocks, heads_at_once):
 
 
 @triton.jit
-def _seen_keys(block, len_q, len_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
-    """How many keys, in whole tiles, all rows of the block see, and how many any of them sees."""
+def _key_range(block, len_q, len_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
+    """(full_end, masked_end): all rows of the block see the keys before the first, in whole tiles; none sees one from the
+    second on."""
     by_all = len_k
     by_any = len_k
     if CAUSAL:
@@ -201,17 +205,17 @@ def _flash_attn_kernel(
     scale = tl.cast(softmax_scale, tl.float32) * 1.4426950408889634
 
     diagonal = len_k - len_q
-    unmasked_end, end = _seen_keys(block, len_q, len_k, BLOCK_M, BLOCK_N, CAUSAL)
+    full_end, masked_end = _key_range(block, len_q, len_k, BLOCK_M, BLOCK_N, CAUSAL)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     running_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
     running_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     acc, running_sum, running_max = _attend(
-        acc, running_sum, running_max, q, k_ptr, v_ptr, stride_ks, stride_vs, 0, unmasked_end, len_k, diagonal, rows, scale,
-        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, False, UPCAST,
+        acc, running_sum, running_max, q, k_ptr, v_ptr, stride_ks, stride_vs, 0, full_end, len_k, diagonal, rows, scale,
+        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL=CAUSAL, MASKED=False, UPCAST=UPCAST,
     )  # fmt: skip
     acc, running_sum, running_max = _attend(
-        acc, running_sum, running_max, q, k_ptr, v_ptr, stride_ks, stride_vs, unmasked_end, end, len_k, diagonal, rows, scale,
-        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, True, UPCAST,
+        acc, running_sum, running_max, q, k_ptr, v_ptr, stride_ks, stride_vs, full_end, masked_end, len_k, diagonal, rows,
+        scale, HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL=CAUSAL, MASKED=True, UPCAST=UPCAST,
     )  # fmt: skip
     _store_rows(out_ptr, acc, running_sum, rows, dims, start_q, len_q, head, stride_os, stride_oh, HEAD_DIM)
 
@@ -241,17 +245,17 @@ def _flash_attn_tiles_kernel(
 
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     diagonal = len_k - len_q
-    unmasked_end, end = _seen_keys(block, len_q, len_k, BLOCK_M, BLOCK_N, CAUSAL)
+    full_end, masked_end = _key_range(block, len_q, len_k, BLOCK_M, BLOCK_N, CAUSAL)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     running_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
     running_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     acc, running_sum, running_max = _attend_tiles(
-        acc, running_sum, running_max, q, k_tiles, v_tiles, kv_head, start_k, 0, unmasked_end, len_k, diagonal, rows, scale,
-        BLOCK_D, BLOCK_N, CAUSAL, False, UPCAST,
+        acc, running_sum, running_max, q, k_tiles, v_tiles, kv_head, start_k, 0, full_end, len_k, diagonal, rows, scale,
+        BLOCK_D, BLOCK_N, CAUSAL=CAUSAL, MASKED=False, UPCAST=UPCAST,
     )  # fmt: skip
     acc, running_sum, running_max = _attend_tiles(
-        acc, running_sum, running_max, q, k_tiles, v_tiles, kv_head, start_k, unmasked_end, end, len_k, diagonal, rows, scale,
-        BLOCK_D, BLOCK_N, CAUSAL, True, UPCAST,
+        acc, running_sum, running_max, q, k_tiles, v_tiles, kv_head, start_k, full_end, masked_end, len_k, diagonal, rows,
+        scale, BLOCK_D, BLOCK_N, CAUSAL=CAUSAL, MASKED=True, UPCAST=UPCAST,
     )  # fmt: skip
     _store_rows(out_ptr, acc, running_sum, rows, tl.arange(0, BLOCK_D), start_q, len_q, head, stride_os, stride_oh, HEAD_DIM)
 

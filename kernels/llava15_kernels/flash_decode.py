@@ -1,10 +1,10 @@
 """Attention of a few new queries over a filled cache, split over the cache so that one prompt fills the device.
 
-The cache of each prompt, from its left padding to its length, is cut into n_splits runs. Each program takes one run, one KV
+The cache of each prompt, from its left padding to its length, is cut into n_splits splits. Each program takes one split, one KV
 head and all its query heads together (they share the loads), and leaves a normalised partial result with its base-2
 log-sum-exp:
 
-    O_i = softmax over run i,   L_i = log2(sum over run i of 2^score)
+    O_i = softmax over split i,   L_i = log2(sum over split i of 2^score)
     O   = sum_i 2^(L_i - L) O_i,   L = log2(sum_i 2^L_i)
 
 Lengths are read on the device and cut there, so that a CUDA graph stays right while they grow; the grid depends on the capacity
@@ -63,9 +63,9 @@ def _split_kernel(
     # Out-of-range lengths never lead outside the cache.
     length = tl.minimum(tl.load(seqlens_ptr + batch), capacity)
     first = tl.maximum(tl.load(leftpad_ptr + batch), 0)
-    run = tl.cdiv(tl.cdiv(tl.maximum(length - first, 0), n_splits), BLOCK_N) * BLOCK_N
-    start = first + split * run
-    end = tl.minimum(start + run, length)
+    split_size = tl.cdiv(tl.cdiv(tl.maximum(length - first, 0), n_splits), BLOCK_N) * BLOCK_N
+    start = first + split * split_size
+    end = tl.minimum(start + split_size, length)
 
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
@@ -83,20 +83,20 @@ def _split_kernel(
     v_ptr += batch * stride_vb + kv_head * stride_vh
 
     diagonal = length - n_queries
-    unmasked = end - start
+    by_all = end - start
     if CAUSAL:
-        unmasked = tl.minimum(end, diagonal + 1) - start
-    unmasked_end = start + tl.maximum(unmasked, 0) // BLOCK_N * BLOCK_N
+        by_all = tl.minimum(end, diagonal + 1) - start
+    full_end = start + tl.maximum(by_all, 0) // BLOCK_N * BLOCK_N
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     running_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
     running_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     acc, running_sum, running_max = _attend(
-        acc, running_sum, running_max, q, k_ptr, v_ptr, stride_ks, stride_vs, start, unmasked_end, end, diagonal, query, scale,
-        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, False, UPCAST,
+        acc, running_sum, running_max, q, k_ptr, v_ptr, stride_ks, stride_vs, start, full_end, end, diagonal, query, scale,
+        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL=CAUSAL, MASKED=False, UPCAST=UPCAST,
     )  # fmt: skip
     acc, running_sum, running_max = _attend(
-        acc, running_sum, running_max, q, k_ptr, v_ptr, stride_ks, stride_vs, unmasked_end, end, end, diagonal, query, scale,
-        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, True, UPCAST,
+        acc, running_sum, running_max, q, k_ptr, v_ptr, stride_ks, stride_vs, full_end, end, end, diagonal, query, scale,
+        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL=CAUSAL, MASKED=True, UPCAST=UPCAST,
     )  # fmt: skip
 
     divisor = tl.where(running_sum == 0.0, 1.0, running_sum)
@@ -129,14 +129,14 @@ def _combine_kernel(
 
 
 def choose_splits(batch: int, kv_heads: int, capacity: int, block_n: int, processors: int, waves: int = 2) -> int:
-    """Runs per prompt: enough programs for every multiprocessor `waves` times over, never runs below one tile."""
+    """Splits per prompt: enough programs for every multiprocessor `waves` times over, no split below one tile."""
     wanted = cdiv(waves * processors, batch * kv_heads)
     return max(1, min(wanted, cdiv(capacity, block_n), 128))
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Tiles and number of runs of one launch; they depend on shapes, dtype and device, never on lengths.
+    """Tiles and number of splits of one launch; they depend on shapes, dtype and device, never on lengths.
 
     A table of measured configurations may replace the rule (`tuned.py`).
     """
@@ -266,7 +266,7 @@ def flash_attn_with_kvcache(
         cache_leftpad: (B,) int32 on the device: the first token that counts. By default 0.
         softmax_scale: positive; by default 1 / sqrt(head_dim).
         causal: aligned to the last query and key.
-        num_splits: runs that the cache is cut into; 0 chooses by the device and the capacity.
+        num_splits: splits of the cache; 0 chooses by the device and the capacity.
         rotary_interleaved: without meaning here.
         backend: see `_dispatch`.
 

@@ -17,6 +17,8 @@ One pass: a row is read once, kept in registers, written once.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -54,11 +56,22 @@ def _rms_norm_kernel(
     mask = (rows < n_rows) & (columns < N)
     x = _add_residual(x_ptr, residual_ptr, sum_ptr, rows, columns, mask, stride_x, stride_residual, N, HAS_RESIDUAL)
     mean_square = tl.sum(x * x, axis=1, keep_dims=True) / N
-    # Some compilers pass Python floats as float64, which would turn the whole row into float64.
     normed = (x * tl.rsqrt(mean_square + tl.cast(eps, tl.float32))).to(x_ptr.dtype.element_ty)
     weight = tl.load(weight_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
     y = normed.to(tl.float32) * weight
     tl.store(y_ptr + rows * N + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _layer_norm_rows(x, mask, columns, weight_ptr, bias_ptr, eps, N: tl.constexpr):
+    """LayerNorm of rows x (BLOCK_M, BLOCK_N) in float32; `mask` is false, and x 0, outside of them."""
+    mean = tl.sum(x, axis=1, keep_dims=True) / N
+    centred = tl.where(mask, x - mean, 0.0)
+    variance = tl.sum(centred * centred, axis=1, keep_dims=True) / N
+    weight = tl.load(weight_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
+    # Some compilers pass Python floats as float64, which would turn the whole row into float64.
+    return centred * tl.rsqrt(variance + tl.cast(eps, tl.float32)) * weight + bias
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -71,13 +84,24 @@ def _layer_norm_kernel(
     columns = tl.arange(0, BLOCK_N)[None, :]
     mask = (rows < n_rows) & (columns < N)
     x = _add_residual(x_ptr, residual_ptr, sum_ptr, rows, columns, mask, stride_x, stride_residual, N, HAS_RESIDUAL)
-    mean = tl.sum(x, axis=1, keep_dims=True) / N
-    centred = tl.where(mask, x - mean, 0.0)
-    variance = tl.sum(centred * centred, axis=1, keep_dims=True) / N
-    weight = tl.load(weight_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
-    y = centred * tl.rsqrt(variance + tl.cast(eps, tl.float32)) * weight + bias
+    y = _layer_norm_rows(x, mask, columns, weight_ptr, bias_ptr, eps, N)
     tl.store(y_ptr + rows * N + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """Tiles of kernels that keep whole rows in registers; they depend on the width alone."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+
+    @classmethod
+    def choose(cls, width: int) -> RowConfig:
+        """4 warps hold 2048 elements as 16 a thread, two loads of 16 bytes in 16 bit: narrow rows (the heads of q and k) share
+        a program, rows from 2048 have one each. Beyond 4096 elements 4 warps would hold more than 32 a thread."""
+        block_n = next_power_of_2(width)
+        return cls(max(1, 2048 // block_n), block_n, 4 if block_n <= 4096 else 8)
 
 
 def _empty_outputs(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor) -> Outputs:
@@ -100,15 +124,13 @@ def _launch(
     rows = as_rows(x)
     residual_rows = rows if residual is None else as_rows(residual)
     weight = weight.contiguous()
-    block_n = next_power_of_2(width)
-    # About 2048 elements a program keep 4 warps busy on narrow rows (q/k heads); wide rows get one program each.
-    block_m = max(1, 2048 // block_n)
+    config = RowConfig.choose(width)
     with launching("rms_norm" if bias is None else "layer_norm", x):
-        kernel[(cdiv(rows.shape[0], block_m),)](
+        kernel[(cdiv(rows.shape[0], config.block_m),)](
             rows, residual_rows, weight, weight if bias is None else bias.contiguous(), y, y if total is None else total,
             rows.stride(0), residual_rows.stride(0), rows.shape[0], eps,
-            N=width, BLOCK_M=block_m, BLOCK_N=block_n, HAS_RESIDUAL=residual is not None,
-            num_warps=4 if block_n <= 4096 else 8, **LAUNCH_OPTIONS,
+            N=width, BLOCK_M=config.block_m, BLOCK_N=config.block_n, HAS_RESIDUAL=residual is not None,
+            num_warps=config.num_warps, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return y, total
 

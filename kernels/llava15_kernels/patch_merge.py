@@ -19,9 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ._dispatch import LAUNCH_OPTIONS, Backend, cdiv, check_bounds, choose_backend, launching, next_power_of_2
+from ._dispatch import LAUNCH_OPTIONS, Backend, cdiv, check_bounds, choose_backend, launching
 from ._registry import Cost, nbytes, operator
-from .norms import MAX_WIDTH, layer_norm_ref
+from .norms import MAX_WIDTH, RowConfig, _layer_norm_rows, layer_norm_ref
 
 
 @triton.jit(do_not_specialize=["n_patches", "n_segments"], do_not_specialize_on_alignment=["cu_seqlens_ptr"])
@@ -45,13 +45,7 @@ def _patch_merge_kernel(
     mask = (patches < n_patches)[:, None] & (columns < N)
     rows = (patches + segment + 1)[:, None]
     x = tl.load(x_ptr + rows * stride_x + columns, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(x, axis=1, keep_dims=True) / N
-    centred = tl.where(mask, x - mean, 0.0)
-    variance = tl.sum(centred * centred, axis=1, keep_dims=True) / N
-    weight = tl.load(weight_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
-    # Some compilers pass Python floats as float64, which would turn the whole row into float64.
-    y = centred * tl.rsqrt(variance + tl.cast(eps, tl.float32)) * weight + bias
+    y = _layer_norm_rows(x, mask, columns, weight_ptr, bias_ptr, eps, N)
     tl.store(out_ptr + patches[:, None] * N + columns, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -81,14 +75,13 @@ def _patch_merge(
     if out.numel() == 0:
         return out
     width, n_segments = x.shape[1], cu_seqlens.shape[0] - 1
-    block_n = next_power_of_2(width)
-    block_m = max(1, 2048 // block_n)
+    config = RowConfig.choose(width)
     with launching("patch_merge", x):
-        _patch_merge_kernel[(cdiv(out.numel() // width, block_m),)](
+        _patch_merge_kernel[(cdiv(out.numel() // width, config.block_m),)](
             x, weight.contiguous(), bias.contiguous(), out, cu_seqlens.contiguous(),
             x.stride(0), out.numel() // width, n_segments, eps,
-            N=width, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_SEGMENTS=128,
-            num_warps=4 if block_n <= 4096 else 8, **LAUNCH_OPTIONS,
+            N=width, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_SEGMENTS=128,
+            num_warps=config.num_warps, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return out
 
