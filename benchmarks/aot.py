@@ -135,13 +135,27 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         ops.rms_norm(x, weight, 1e-6)
         ops.add_rms_norm(x, x, weight, 1e-6)
         ops.silu_and_mul(*(empty(TOKENS, shape.intermediate_size) for _ in "gu"))
+        heads_width, kv_width = heads * shape.head_dim, kv_heads * shape.head_dim
+        inner, width, none = shape.intermediate_size, shape.hidden_size, [None] * 3
+        for rows in (1, 16):
+            x, attended, gated = empty(rows, width), empty(rows, heads_width), empty(rows, inner)
+            qkv = [empty(n, width) for n in (heads_width, kv_width, kv_width)]
+            ops.fused_linear(x, qkv, none, weight if rows == 1 else None, 1e-6, None, False)
+            ops.fused_linear(attended, [empty(width, heads_width)], none[:1], None, 0.0, x, False)
+            ops.fused_linear(x, [empty(inner, width)] * 2, none[:2], weight if rows == 1 else None, 1e-6, None, True)
+            ops.fused_linear(gated, [empty(width, inner)], none[:1], None, 0.0, x, False)
         if shape != TEXT["4b"]:
             return  # heads are the same in both: what follows does not depend on the width
         ops.rms_norm(q, head_weight, 1e-6)
         ops.qk_norm_rope(q, k, head_weight, head_weight, 1e-6, positions, inv_freq, 1.0)
         slots = k_cache.flatten(0, 1), v_cache.flatten(0, 1), positions
-        ops.qk_norm_rope_into_cache(q, k, head_weight, head_weight, 1e-6, positions, inv_freq, 1.0, v, *slots)
+        for tokens in (TOKENS, 1):
+            some, (keys, values, rows) = [side[:, :tokens] for side in (q, k, v)], slots
+            shared = head_weight, head_weight, 1e-6, positions[:, :tokens], inv_freq, 1.0
+            ops.qk_norm_rope_into_cache(*some[:2], *shared, some[2], keys, values, rows[:, :tokens])
         flash_attn(q[0], k[0], v[0], True)
+        new = (*(side[:, :1] for side in (q, k, v)), head_weight, head_weight, 1e-6, positions[:, :1], inv_freq, 1.0)
+        ops.decode_attention(*new, k_cache, v_cache, lengths, lengths, 0.088, 0)
         for queries in (1, 32):  # a token, and what a draft proposes
             ops.flash_decode(q[:, :queries], k_cache, v_cache, lengths, lengths, 0.088, True, 0)
 
@@ -251,7 +265,9 @@ def widest(ptx: str, kind: str) -> int:
         found.append(int(vector or 1) * int(bits) // 8)
     if kind.startswith("ld"):
         found += [
-            int(size) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?,\s*(?:0x)?(\d+)", ptx) if int(size) <= 16
+            int(size, 0)
+            for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?,\s*(0x\d+|\d+)", ptx)
+            if int(size, 0) <= 16
         ]
         found += [16] * ("cp.async.bulk" in ptx)
     return max(found)
@@ -387,11 +403,12 @@ def problems(rows: list[dict[str, Any]]) -> list[str]:
     found = []
     for row in rows:
         where = f"{row['kernel']} ({row['config']}, {row['dtype']}, {row['arch']})"
-        attention = row["kernel"] in (*FLASH_KERNELS, "_split_kernel")
+        attention = row["kernel"] in (*FLASH_KERNELS, "_split_kernel", "_decode_kernel")
         if row["shared_bytes"] > row["shared_limit"]:
             found.append(f"{where}: {row['shared_bytes']} bytes of shared memory, at most {row['shared_limit']}")
-        # The combination writes one row of head_dim per program: an element or two for each of its threads.
-        if row["load_bytes"] < 16 or row["store_bytes"] < (2 if row["kernel"] == "_combine_kernel" else 8):
+        # These write a value or two per thread, from many more that they read.
+        reduces = row["kernel"] in ("_combine_kernel", "_one_row_kernel", "_few_rows_kernel")
+        if row["load_bytes"] < 16 or row["store_bytes"] < (2 if reduces else 8):
             found.append(f"{where}: widest load {row['load_bytes']}, widest store {row['store_bytes']} bytes")
         if attention and row["dtype"] == "float32":
             continue  # exact float32 attention is judged on correctness alone

@@ -23,6 +23,8 @@ from llava15_kernels import (
     flash_attn_varlen_ref,
     flash_attn_with_kvcache,
     flash_attn_with_kvcache_ref,
+    fused_linear,
+    fused_linear_ref,
     gelu,
     gelu_ref,
     layer_norm,
@@ -312,6 +314,42 @@ def silu_case(tokens: int, width: int, tiny_launches: bool = False) -> Case:
     )  # fmt: skip
 
 
+def linear_case(
+    name: str, rows: int, sizes: tuple[int, ...], width: int, norm: bool = False, residual: bool = False, gated: bool = False
+) -> Case:
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+        tensors = [torch.randn(rows, width), *(torch.randn(n, width) / width**0.5 for n in sizes)]
+        tensors += [torch.randn(width)] * norm + [torch.randn(rows, sizes[0])] * residual
+        return tuple(tensor.to(device, dtype) for tensor in tensors)
+
+    def by(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
+        def run(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+            weights, rest = rest[: len(sizes)], rest[len(sizes) :]
+            last = {"norm_weight": rest[0]} if norm else {"residual": rest[0]} if residual else {}
+            return function(x, weights, [None] * len(sizes), **last, gated=gated)
+
+        return run
+
+    return Case(
+        "fused_linear", f"{name}, {rows} row{'s' * (rows > 1)}", f"x ({rows}, {width}), weights {sizes}",
+        make, by(fused_linear), by(fused_linear_ref),
+        {"eager": plain(by(fused_linear_ref))}, {"torch.compile": compiled(by(fused_linear_ref))},
+    )  # fmt: skip
+
+
+def linear_cases(config: str, rows: int, n: Callable[[int, int], int]) -> list[Case]:
+    """The products of a text layer in a decode step."""
+    text = TEXT[config]
+    width, inner = n(text.hidden_size, 40), n(text.intermediate_size, 56)
+    heads, kv_heads = n(text.num_attention_heads * text.head_dim, 64), n(text.num_key_value_heads * text.head_dim, 16)
+    return [
+        linear_case(f"{config} norm + qkv", rows, (heads, kv_heads, kv_heads), width, norm=True),
+        linear_case(f"{config} o + residual", rows, (width,), heads, residual=True),
+        linear_case(f"{config} norm + gate, up + SwiGLU", rows, (inner, inner), width, norm=True, gated=True),
+        linear_case(f"{config} down + residual", rows, (width,), inner, residual=True),
+    ]
+
+
 def gelu_case(rows: int, width: int, bias: bool) -> Case:
     def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
         x = torch.randn(rows, width, device=device).to(dtype)
@@ -566,6 +604,7 @@ def _table(tiny: bool) -> list[Case]:
         patch_merge_case(n(6400, 16), n(1024, 40)),
         gelu_case(n(6401, 7), n(4096, 40), bias=False),
         gelu_case(n(6401, 7), n(4096, 40), bias=True),
+        *(case for config in TEXT for rows in (1, 16) for case in linear_cases(config, rows, n)),
         rms_norm_case(1, n(small.hidden_size, 40), residual=False, tiny_launches=True),
         rms_norm_case(1, n(large.hidden_size, 48), residual=False, tiny_launches=True),
         rms_norm_case(1, n(small.hidden_size, 40), residual=True, tiny_launches=True),

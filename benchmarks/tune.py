@@ -27,7 +27,7 @@ import llava15_kernels
 from llava15_kernels import tuned
 from llava15_kernels._dispatch import architecture
 from llava15_kernels.flash_attn import FlashConfig
-from llava15_kernels.flash_decode import _Plan
+from llava15_kernels.flash_decode import Plan
 
 from .cases import Checker, cases
 from .rows import environment, output_file, positive, write_document
@@ -59,7 +59,7 @@ def _attention_config(inputs: tuple[Any, ...], arch: str) -> Config:
 
 def _decode_config(inputs: tuple[Any, ...], arch: str) -> Config:
     q, k_cache = inputs[:2]
-    plan = asdict(_Plan.choose(q, k_cache, 0))
+    plan = asdict(Plan.choose(q, k_cache, 0))
     # The plan holds what follows from the waves; they are what the table or the rule says.
     found = tuned.tuned("flash_decode", (q.shape[-1], q.dtype, arch))
     return {name: plan[name] for name in ("block_n", "num_warps", "num_stages")} | {"waves": found["waves"] if found else 2}

@@ -31,8 +31,10 @@ from ._dispatch import (
     LAUNCH_OPTIONS,
     Backend,
     architecture,
+    await_previous,
     cdiv,
     choose_backend,
+    dependent_launch,
     launching,
     multiprocessors,
     next_power_of_2,
@@ -47,6 +49,40 @@ def max_rows(head_dim: int, dtype: torch.dtype) -> int:
     return 32 if dtype == torch.float32 and head_dim > 128 else 128
 
 
+@triton.jit
+def split_range(length, leftpad_ptr, batch, split, n_splits, capacity, BLOCK_N: tl.constexpr):
+    """(start, end) of a split of a prompt's cache. Out-of-range lengths never lead outside the cache."""
+    length = tl.minimum(length, capacity)
+    first = tl.maximum(tl.load(leftpad_ptr + batch), 0)
+    split_size = tl.cdiv(tl.cdiv(tl.maximum(length - first, 0), n_splits), BLOCK_N) * BLOCK_N
+    start = first + split * split_size
+    return start, tl.minimum(start + split_size, length)
+
+
+@triton.jit
+def store_partial(
+    acc,
+    running_sum,
+    running_max,
+    out_ptr,
+    lse_ptr,
+    split,
+    row,
+    dims,
+    mask,
+    in_rows,
+    stride_os,
+    stride_ls,
+    HEAD_DIM: tl.constexpr,
+):
+    """O_i and L_i of a split, at `row` of the partial results."""
+    divisor = tl.where(running_sum == 0.0, 1.0, running_sum)
+    out = acc / divisor[:, None]
+    out_pointers = out_ptr + split.to(tl.int64) * stride_os + row[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(out_pointers, out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(lse_ptr + split.to(tl.int64) * stride_ls + row, running_max + tl.log2(divisor), mask=in_rows)
+
+
 @triton.jit(do_not_specialize=["n_queries", "n_splits"], do_not_specialize_on_alignment=["seqlens_ptr", "leftpad_ptr"])
 def _split_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, seqlens_ptr, leftpad_ptr,
@@ -54,18 +90,15 @@ def _split_kernel(
     stride_os, stride_ls, n_queries, capacity, n_splits, softmax_scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
+    CAUSAL: tl.constexpr, UPCAST: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    await_previous(DEPENDENT)
     split = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
 
-    # Out-of-range lengths never lead outside the cache.
     length = tl.minimum(tl.load(seqlens_ptr + batch), capacity)
-    first = tl.maximum(tl.load(leftpad_ptr + batch), 0)
-    split_size = tl.cdiv(tl.cdiv(tl.maximum(length - first, 0), n_splits), BLOCK_N) * BLOCK_N
-    start = first + split * split_size
-    end = tl.minimum(start + split_size, length)
+    start, end = split_range(length, leftpad_ptr, batch, split, n_splits, capacity, BLOCK_N)
 
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
@@ -99,20 +132,18 @@ def _split_kernel(
         HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL=CAUSAL, MASKED=True, UPCAST=UPCAST,
     )  # fmt: skip
 
-    divisor = tl.where(running_sum == 0.0, 1.0, running_sum)
-    out = acc / divisor[:, None]
-    lse = running_max + tl.log2(divisor)
     row = (batch * n_queries + query) * HEADS + head
-    out_pointers = out_ptr + split.to(tl.int64) * stride_os + row[:, None] * HEAD_DIM + dims[None, :]
-    tl.store(out_pointers, out.to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(lse_ptr + split.to(tl.int64) * stride_ls + row, lse, mask=in_rows)
+    store_partial(
+        acc, running_sum, running_max, out_ptr, lse_ptr, split, row, dims, mask, in_rows, stride_os, stride_ls, HEAD_DIM
+    )
 
 
 @triton.jit(do_not_specialize=["n_splits"])
 def _combine_kernel(
     partial_ptr, lse_ptr, out_ptr, stride_ps, stride_ls, n_splits,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    await_previous(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     splits = tl.arange(0, BLOCK_SPLITS)
     dims = tl.arange(0, BLOCK_D)
@@ -135,7 +166,7 @@ def choose_splits(batch: int, kv_heads: int, capacity: int, block_n: int, proces
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """Tiles and number of splits of one launch; they depend on shapes, dtype and device, never on lengths.
 
     A table of measured configurations may replace the rule (`tuned.py`).
@@ -149,7 +180,7 @@ class _Plan:
     splits: int
 
     @classmethod
-    def choose(cls, q: torch.Tensor, k_cache: torch.Tensor, num_splits: int) -> _Plan:
+    def choose(cls, q: torch.Tensor, k_cache: torch.Tensor, num_splits: int) -> Plan:
         batch, n_queries, heads, head_dim = q.shape
         capacity, kv_heads = k_cache.shape[1:3]
         exact = q.dtype == torch.float32
@@ -174,11 +205,31 @@ class _Plan:
         splits = num_splits or choose_splits(batch, kv_heads, capacity, block_n, multiprocessors(q.device), waves)
         return cls(block_m, block_n, block_d, config["num_warps"], config["num_stages"], splits)
 
+    def buffers(self, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The partial results (splits, rows, head_dim), or `out` itself if there is one split, and their log-sum-exp."""
+        rows, head_dim = out.numel() // out.shape[-1], out.shape[-1]
+        lse = torch.empty((self.splits, rows), dtype=torch.float32, device=out.device)
+        if self.splits == 1:
+            return out, lse
+        return torch.empty((self.splits, rows, head_dim), dtype=torch.float32, device=out.device), lse
+
+    def combine(self, partial: torch.Tensor, lse: torch.Tensor, out: torch.Tensor) -> None:
+        """Launches the combination of the splits into `out`."""
+        if self.splits == 1:
+            return
+        block_splits, rows, head_dim = next_power_of_2(self.splits), lse.shape[1], out.shape[-1]
+        _combine_kernel[(rows,)](
+            partial, lse, out, rows * head_dim, rows, self.splits,
+            HEAD_DIM=head_dim, BLOCK_D=self.block_d, BLOCK_SPLITS=block_splits,
+            num_warps=8 if block_splits * self.block_d > 4096 else 4,  # with 4, triton 3.8 spills
+            **LAUNCH_OPTIONS, **dependent_launch(out.device),
+        )  # fmt: skip
+
 
 def _cost(q: torch.Tensor, k_cache: torch.Tensor, *others: Any) -> Cost:
     """As if the cache were full: how full it is only the device knows."""
     v_cache, cache_seqlens, cache_leftpad, _, _, num_splits = others
-    splits = _Plan.choose(q, k_cache, num_splits).splits
+    splits = Plan.choose(q, k_cache, num_splits).splits
     lse = 4 * splits * (q.numel() // q.shape[-1])
     partial = 4 * splits * q.numel() if splits > 1 else 0
     read = nbytes(q, k_cache, v_cache, cache_seqlens, cache_leftpad)
@@ -208,28 +259,19 @@ def _flash_decode(
         return out
     q = q if q.stride(-1) == 1 else q.contiguous()
     cache_seqlens, cache_leftpad = cache_seqlens.contiguous(), cache_leftpad.contiguous()
-    plan = _Plan.choose(q, k_cache, num_splits)
-    splits = plan.splits
-    rows = batch * n_queries * heads
-    lse = torch.empty((splits, rows), dtype=torch.float32, device=q.device)
-    partial = out if splits == 1 else torch.empty((splits, rows, head_dim), dtype=torch.float32, device=q.device)
+    plan = Plan.choose(q, k_cache, num_splits)
+    partial, lse = plan.buffers(out)
     with launching("flash_attn_with_kvcache", q):
-        _split_kernel[(splits, kv_heads, batch)](
+        _split_kernel[(plan.splits, kv_heads, batch)](
             q, k_cache, v_cache, partial, lse, cache_seqlens, cache_leftpad,
             *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
-            rows * head_dim, rows, n_queries, capacity, splits, softmax_scale,
+            out.numel(), lse.shape[1], n_queries, capacity, plan.splits, softmax_scale,
             HEADS=heads, GROUP=heads // kv_heads, HEAD_DIM=head_dim, BLOCK_D=plan.block_d, BLOCK_M=plan.block_m,
             BLOCK_N=plan.block_n, CAUSAL=causal,
             UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
-            num_warps=plan.num_warps, num_stages=plan.num_stages, **LAUNCH_OPTIONS,
+            num_warps=plan.num_warps, num_stages=plan.num_stages, **LAUNCH_OPTIONS, **dependent_launch(q.device),
         )  # fmt: skip
-        if splits > 1:
-            _combine_kernel[(rows,)](
-                partial, lse, out, rows * head_dim, rows, splits,
-                HEAD_DIM=head_dim, BLOCK_D=plan.block_d, BLOCK_SPLITS=(block_splits := next_power_of_2(splits)),
-                num_warps=8 if block_splits * plan.block_d > 4096 else 4,  # with 4, triton 3.8 spills
-                **LAUNCH_OPTIONS,
-            )  # fmt: skip
+        plan.combine(partial, lse, out)
     return out
 
 

@@ -2,7 +2,7 @@
 
     LLAVA15_TUNED=FILE python ...        or        use_table(FILE)
 
-By default a rule of head_dim, dtype and architecture decides (`FlashConfig.choose`, `_Plan.choose`): the same everywhere, and
+By default a rule of head_dim, dtype and architecture decides (`FlashConfig.choose`, `Plan.choose`): the same everywhere, and
 nothing is measured at run time. A table replaces the rule for the keys that it holds and no others. Its keys have no lengths in
 them either, so that a segment gives the same bits alone and in any pack. `python -m benchmarks.tune` writes such tables:
 

@@ -11,7 +11,9 @@
             x = silu_and_mul(n Wgate^T, n Wup^T) Wdown^T
         -> rms_norm(x + r) -> (B, L, width)
 
-Thirteen kernel launches per layer in a decode step. The first forward of a request (`request.py`) evaluates the guards and
+On few rows the norms, SwiGLU and additions are part of the linear layers (`fused_linear`), and `decode_attention` begins at
+the projections: six kernel launches per layer in a
+decode step of one prompt, eight of several. The first forward of a request (`request.py`) evaluates the guards and
 plans it (`first_step`); later ones on the same cache take `next_step`, which checks shapes only.
 """
 
@@ -29,6 +31,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llava15_kernels.flash_decode import max_rows
+from llava15_kernels.linear import pays
 from llava15_kernels.qk_norm_rope import norm_and_rotate, rope_tables, write_rows
 from llava15_kernels.unchecked import unchecked
 
@@ -176,7 +179,7 @@ def compiled(module: nn.Module, runtime: Runtime, call: TextCall) -> torch.Tenso
     batch, length = call.given.shape[:2]
     embeds = module.embed_tokens(call.input_ids) if call.inputs_embeds is None else call.inputs_embeds
     layout = prompt_layout(Spans([(0, length)] * batch, 0, length), _position_ids(call, 0), None)
-    return run_layers(module, embeds, layout, None, runtime.backend_on(embeds.device), None if facts.plain else (batch, length))
+    return run_layers(module, embeds, layout, None, runtime.backend_on(embeds.device), facts.plain)
 
 
 def _input_guard(module: nn.Module, call: TextCall) -> str | None:
@@ -233,8 +236,8 @@ def execute(module: nn.Module, runtime: Runtime, call: TextCall, step: Step) -> 
         layout, kv_buffers = step.layout, None if step.loan is None else step.loan.buffers.layers
         if layout is None:
             layout = decode_layout(step.position_ids, send(step.numbers, embeds.device), len(embeds))
-        shape = None if step.facts.plain or layout.rows is not None else tuple(embeds.shape[:2])
-        hidden_states = with_oom_retry(functools.partial(run_layers, module, embeds, layout, kv_buffers, backend, shape))
+        run = functools.partial(run_layers, module, embeds, layout, kv_buffers, backend, step.facts.plain)
+        hidden_states = with_oom_retry(run)
     if step.loan is not None:
         step.loan.advance(embeds.shape[1])
     return hidden_states
@@ -248,7 +251,7 @@ def _replay(module: nn.Module, runtime: Runtime, step: Step, embeds: torch.Tenso
     backend, kv_buffers = runtime.backend_on(embeds.device), step.loan.buffers.layers
 
     def run(embeds: torch.Tensor, position_ids: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        return run_layers(module, embeds, decode_layout(position_ids, numbers, batch), kv_buffers, backend)
+        return run_layers(module, embeds, decode_layout(position_ids, numbers, batch), kv_buffers, backend, True)
 
     # Pinned, because copies from pageable memory may synchronize.
     numbers = step.numbers.pin_memory() if embeds.device.type == "cuda" else step.numbers
@@ -261,29 +264,30 @@ def _replay(module: nn.Module, runtime: Runtime, step: Step, embeds: torch.Tenso
 
 
 def run_layers(
-    module: nn.Module, embeds: torch.Tensor, layout: TextLayout, kv_buffers: Sequence[Pair] | None, backend: str,
-    shape: tuple[int, int] | None = None,
-) -> torch.Tensor:  # fmt: skip
+    module: nn.Module, embeds: torch.Tensor, layout: TextLayout, kv_buffers: Sequence[Pair] | None, backend: str, plain: bool
+) -> torch.Tensor:
     """(B, L, width) -> (B, L, width) after the last norm, with zeros at padding.
 
     Args:
         kv_buffers: keys and values of every layer, (B, capacity, kv_heads, head_dim).
-        shape: (B, L) if linear layers must be given transformers' shape because of a hook or adapter.
+        plain: whether all linear layers compute just x W^T + b; others are called, with transformers' shapes.
     """
     x = embeds.flatten(0, 1)
     if layout.rows is not None:
         x = x[layout.rows]
-    run, config = Run(module, layout, len(embeds), backend, shape), module.config
-    layers = [*module.layers][: config.num_hidden_layers]
-    norms = [layer.input_layernorm for layer in layers[1:]] + [module.norm]
-    normed, residual = run.norm(layers[0].input_layernorm, x), x
-    for layer, next_norm in zip(layers, norms, strict=True):
-        attention, mlp = layer.self_attn, layer.mlp
-        attended = run.attend(attention, normed, None if kv_buffers is None else kv_buffers[attention.layer_idx])
-        (x,) = run.project(attended, attention.o_proj)
-        normed, residual = run.norm(layer.post_attention_layernorm, x, residual)
-        (x,) = run.project(run.gated(mlp, normed), mlp.down_proj)
-        normed, residual = run.norm(next_norm, x, residual)
+    shape = None if plain or layout.rows is not None else tuple(embeds.shape[:2])
+    run, layers = Run(module, layout, len(embeds), backend, shape), [*module.layers][: module.config.num_hidden_layers]
+    buffers = [None if kv_buffers is None else kv_buffers[layer.self_attn.layer_idx] for layer in layers]
+    if plain and backend == "triton" and pays(len(x), x.dtype):
+        for layer, kv_buffer in zip(layers, buffers, strict=True):
+            x = run.fused_layer(layer, x, kv_buffer)
+        normed = run.norm(module.norm, x)
+    else:
+        norms = [layer.input_layernorm for layer in layers[1:]] + [module.norm]
+        normed, residual = run.norm(layers[0].input_layernorm, x), x
+        for layer, kv_buffer, next_norm in zip(layers, buffers, norms, strict=True):
+            x, residual = run.layer(layer, normed, residual, kv_buffer)
+            normed, residual = run.norm(next_norm, x, residual)
     if layout.rows is None:
         return normed.view(embeds.shape)
     return normed.new_zeros(embeds.shape).flatten(0, 1).index_copy_(0, layout.rows, normed).view(embeds.shape)
@@ -301,11 +305,39 @@ class Run:
         # The kernel computes angles on the fly; the torch backend uses precomputed tables.
         self.rope = rope_tables(*rope) if backend == "torch" else rope
 
+    def layer(
+        self, layer: nn.Module, normed: torch.Tensor, residual: torch.Tensor, kv_buffer: Pair | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A decoder layer behind its first norm: what its MLP adds, and the residual it is added to."""
+        attention, mlp = layer.self_attn, layer.mlp
+        projected = self.project(normed, attention.q_proj, attention.k_proj, attention.v_proj)
+        (x,) = self.project(self.attend(attention, projected, kv_buffer), attention.o_proj)
+        normed, residual = self.norm(layer.post_attention_layernorm, x, residual)
+        (x,) = self.project(self.gated(mlp, normed), mlp.down_proj)
+        return x, residual
+
+    def fused_layer(self, layer: nn.Module, x: torch.Tensor, kv_buffer: Pair | None) -> torch.Tensor:
+        """The same on few rows: (T, width) -> (T, width), the residual stream before and behind the layer."""
+        attention, mlp = layer.self_attn, layer.mlp
+        qkv = self.fused(x, attention.q_proj, attention.k_proj, attention.v_proj, norm=layer.input_layernorm)
+        projected = qkv.split([n * attention.head_dim for n in self.heads], dim=-1)
+        x = self.fused(self.attend(attention, projected, kv_buffer), attention.o_proj, residual=x)
+        inner = self.fused(x, mlp.gate_proj, mlp.up_proj, norm=layer.post_attention_layernorm, gated=True)
+        return self.fused(inner, mlp.down_proj, residual=x)
+
+    def fused(
+        self, x: torch.Tensor, *layers: nn.Linear, norm: nn.Module | None = None, residual: torch.Tensor | None = None,
+        gated: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.variance_epsilon)
+        return self.ops.fused_linear(x, weights, biases, weight, eps, residual, gated)
+
     def norm(self, norm: nn.Module, x: torch.Tensor, *residual: torch.Tensor) -> Any:
         return self.ops.rms_norm(x, norm.weight, norm.variance_epsilon, *residual)
 
     def project(self, x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
-        """Linear layers on the same rows (T, width): the one place that decides how they run."""
+        """Linear layers on the same rows (T, width), by the library, hooks and adapters included."""
         if self.shape is None:
             return [layer(x) for layer in layers]
         return [layer(x.view(*self.shape, -1)).flatten(0, 1) for layer in layers]
@@ -316,12 +348,16 @@ class Run:
             return nn.functional.silu(gate, inplace=True).mul_(up)
         return self.ops.silu_and_mul(gate, up)
 
-    def attend(self, attention: nn.Module, normed: torch.Tensor, kv_buffer: Pair | None) -> torch.Tensor:
-        """(T, width) -> (T, heads * head_dim): projections, QK norm, RoPE, cache update, attention."""
+    def attend(self, attention: nn.Module, projected: Sequence[torch.Tensor], kv_buffer: Pair | None) -> torch.Tensor:
+        """q, k and v, each (T, its heads * head_dim) -> (T, heads * head_dim): QK norm, RoPE, cache update, attention."""
         layout, head_dim = self.layout, attention.head_dim
-        projected = self.project(normed, attention.q_proj, attention.k_proj, attention.v_proj)
         q, k, v = (x.view(1, -1, n, head_dim) for x, n in zip(projected, self.heads, strict=True))
         norms = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon
+        lengths = layout.cache_seqlens, layout.cache_leftpad
+        if self.backend == "triton" and lengths[0] is not None and q.shape[1] == self.batch:  # one new token per prompt
+            new = (x.view(self.batch, 1, -1, head_dim) for x in (q[0], k[0], v[0]))
+            attended = self.ops.decode_attention(*new, *norms, *self.rope, *kv_buffer, *lengths, attention.scaling, 0)
+            return attended.view(self.batch, -1)
         keys, values = (k[0], v[0]) if kv_buffer is None else (side.flatten(0, 1) for side in kv_buffer)
         if self.backend == "torch":
             q, k = norm_and_rotate(q, k, *norms, *self.rope)
@@ -333,10 +369,10 @@ class Run:
             cache = v, keys, values, layout.slots
             q = torch.ops.llava15.qk_norm_rope_into_cache.default(q, k, *norms, *self.rope, *cache)
         if layout.cache_seqlens is not None:
-            queries, lengths = q.view(self.batch, -1, self.heads[0], head_dim), (layout.cache_seqlens, layout.cache_leftpad)
+            queries = q.view(self.batch, -1, self.heads[0], head_dim)
             attended = self.ops.flash_decode(queries, *kv_buffer, *lengths, attention.scaling, True, 0)
         else:
             keys = k[0] if kv_buffer is None else keys
             covered = keys[: layout.total_k], values[: layout.total_k]
             attended = self.ops.flash_attn_varlen(q[0], *covered, *layout.segments, attention.scaling, True)
-        return attended.view(normed.shape[0], -1)
+        return attended.view(len(projected[0]), -1)

@@ -229,7 +229,7 @@ def _blocks(root: nn.Module, inputs: Inputs, backend: str, ran: dict[str, str]) 
         alone = SimpleNamespace(layers=[layer], norm=norm, rotary_emb=language.rotary_emb, config=language.config)
         tokens = Spans(Padding.read(attention_mask).spans, 0, x.shape[1])
         layout = prompt_layout(tokens, positions.expand(len(x), -1).reshape(1, -1), None)
-        ours, wide = text.run_layers(alone, x, layout, None, backend), x.to(reference)
+        ours, wide = text.run_layers(alone, x, layout, None, backend, plain=False), x.to(reference)
         if mask is not None and mask.is_floating_point():
             mask = mask.to(reference)
         wider = {**kwargs, "attention_mask": mask, "position_embeddings": language.rotary_emb(wide, positions)}

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch._dynamo.testing
+from torch.utils._pytree import tree_map_only
 
 from llava15_kernels._dispatch import as_if_on
 from llava15_kernels._registry import OPERATORS as DECLARED
-from llava15_kernels.flash_decode import _Plan
+from llava15_kernels.flash_decode import Plan
 from llava15_kernels.testing import DTYPES
 
 H, KV, D, L = 4, 2, 16, 11
@@ -16,6 +17,7 @@ def arguments(device, dtype=torch.float32):
     """op -> arguments of a small call."""
     x, residual = torch.randn(2, 6, 48, device=device).to(dtype)
     weight, bias = torch.randn(2, 48, device=device).to(dtype)
+    weights = torch.randn(2, 20, 48, device=device).to(dtype)
     packed = torch.randn(2, L, H + 2 * KV, D, device=device).to(dtype)
     q, k, v = packed.split([H, KV, KV], dim=2)
     vision_q, vision_k, _ = torch.randn(L, 3, H, D, device=device).to(dtype).unbind(1)
@@ -37,11 +39,26 @@ def arguments(device, dtype=torch.float32):
         "add_layer_norm": (x, residual, weight, bias, 1e-5),
         "silu_and_mul": x.chunk(2, dim=-1),
         "gelu": (x, bias),
+        "fused_linear": (x[0], list(weights), [bias[:20], None], weight, 1e-6, None, True),
         "vision_rope_2d": (vision_q, vision_k, grid, inv_freq[: D // 4].contiguous(), torch.randn(1, D // 2, device=device)),
         "patch_merge": (torch.randn(14, 48, device=device).to(dtype), weight, bias, 1e-5, rows, 2),
         "qk_norm_rope": text,
         "qk_norm_rope_into_cache": (*text, v, k_cache.flatten(0, 1), v_cache.flatten(0, 1), slots),
         "flash_attn_varlen": (q[0], k[0], v[0], bounds, bounds, 6, 0.25, True),
+        "decode_attention": (
+            q[:, :1],
+            k[:, :1],
+            v[:, :1],
+            *text[2:5],
+            positions[:1, :2],
+            *text[6:],
+            k_cache,
+            v_cache,
+            lengths,
+            pads,
+            0.25,
+            0,
+        ),
         "flash_decode": (q[:, :1], k_cache, v_cache, lengths, pads, 0.25, True, 0),
     }
 
@@ -131,7 +148,7 @@ def test_fakes_allocate_as_the_launchers_do(device, op):
     call = arguments(device)[op]
     real, cost = getattr(torch.ops.llava15, op)(*call), DECLARED[op].cost(*call)
     with FakeTensorMode() as mode:
-        faked = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in call]
+        faked = tree_map_only(torch.Tensor, mode.from_tensor, list(call))
         fake = getattr(torch.ops.llava15, op)(*faked)
         assert DECLARED[op].cost(*faked) == cost
     for ours, theirs in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (fake, real)), strict=True):
@@ -146,4 +163,4 @@ def test_fakes_allocate_as_the_launchers_do(device, op):
 def test_a_decode_plan_does_not_depend_on_lengths(device):
     """Otherwise a CUDA graph captured at one length would be wrong at the next."""
     q, k_cache = torch.empty(1, 1, 8, 64, device=device), torch.empty(1, 4096, 2, 64, device=device)
-    assert _Plan.choose(q, k_cache, 0) == _Plan.choose(q, k_cache, 0) and _Plan.choose(q, k_cache, 0).splits > 1
+    assert Plan.choose(q, k_cache, 0) == Plan.choose(q, k_cache, 0) and Plan.choose(q, k_cache, 0).splits > 1

@@ -7,7 +7,7 @@ import torch
 
 from llava15_kernels import flash_attn_with_kvcache, flash_attn_with_kvcache_ref, tuned
 from llava15_kernels._dispatch import architecture, multiprocessors
-from llava15_kernels.flash_decode import _Plan, choose_splits
+from llava15_kernels.flash_decode import Plan, choose_splits
 from llava15_kernels.testing import assert_close
 
 CONFIG = {"block_n": 32, "num_warps": 2, "num_stages": 2, "waves": 1}
@@ -85,9 +85,9 @@ def test_decoding_takes_its_configuration_from_the_table(device, waves):
     k, v = torch.randn(2, 1, 512, 2, 64, device=device).half()
     key = (64, torch.float16, architecture(device))
     with tuned.overridden({("flash_decode", key): {**CONFIG, "waves": waves}}):
-        plan = _Plan.choose(q, k, 0)
+        plan = Plan.choose(q, k, 0)
         ours = flash_attn_with_kvcache(q, k, v, backend="triton")
-    rule = _Plan.choose(q, k, 0)
+    rule = Plan.choose(q, k, 0)
     assert (plan.block_n, plan.num_warps, plan.num_stages) == (32, 2, 2)
     assert plan.splits == choose_splits(1, 2, 512, 32, multiprocessors(q.device), waves) != rule.splits
     full, pads = torch.tensor([512], device=device), torch.zeros(1, dtype=torch.int32, device=device)
