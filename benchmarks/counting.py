@@ -121,8 +121,11 @@ class Counter(TorchDispatchMode):
         cost, read, flops = OPERATORS[name].cost(*args), 0, 0
         if name == "flash_attn_varlen":
             flops = _varlen_flops(*args)
-        elif name == "flash_decode":
-            q, k_cache, v_cache = args[:3]
+        elif name == "fused_linear":
+            x, weights = args[:2]
+            flops = 2 * x[..., 0].numel() * sum(weight.numel() for weight in weights)
+        elif name in ("flash_decode", "decode_attention"):
+            q, (k_cache, v_cache) = args[0], args[1:3] if name == "flash_decode" else args[9:11]
             filled = k_cache.shape[1] if self.filled is None else self.filled
             read = -nbytes(k_cache[:, filled:], v_cache[:, filled:])
             flops = 4 * q.numel() * filled

@@ -20,10 +20,8 @@ from typing import Any, Literal
 
 import torch
 import triton
-import triton.language as tl
 from torch._subclasses.fake_tensor import is_fake
 from triton.errors import TritonError
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 logger = logging.getLogger("llava15_kernels")
 
@@ -166,24 +164,6 @@ def check_bounds(op: str, name: str, cu_seqlens: torch.Tensor, total: int, max_s
         raise ValueError(f"{op}: {name} is {bounds}, expected to rise from 0 to the {total} rows")
     if max_seqlen is not None and max(lengths, default=0) > max_seqlen:
         raise ValueError(f"{op}: {name} has a segment of {max(lengths)} rows, longer than max_seqlen {max_seqlen}")
-
-
-@triton.jit
-def await_previous(DEPENDENT: tl.constexpr):
-    """Before a kernel's first memory access: waits until the kernel before it has finished and written its results, then lets
-    the next one be scheduled, which waits the same way."""
-    if DEPENDENT:
-        gdc_wait()
-        gdc_launch_dependents()
-
-
-def dependent_launch(device: torch.device, wanted: bool = True) -> dict[str, bool]:
-    """Keyword arguments of a launch that may begin while the kernel before it ends (programmatic dependent launch, sm_90 and
-    newer), for kernels of a decode step, which are short. Every program of such a kernel has to call `await_previous`."""
-    arch = architecture(device)
-    if wanted and arch.startswith("sm_") and int(arch[3:]) >= 90:
-        return {"DEPENDENT": True, "launch_pdl": True}
-    return {"DEPENDENT": False}
 
 
 class launching:

@@ -21,10 +21,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ._dispatch import INTERPRETED, LAUNCH_OPTIONS, Backend, await_previous, choose_backend, dependent_launch, launching
+from ._dispatch import INTERPRETED, LAUNCH_OPTIONS, Backend, choose_backend, launching
 from ._registry import Cost, empty_as, nbytes, operator
 from .flash_attn import MAX_HEAD_DIM, _attend, scale_of
-from .flash_decode import Plan, flash_decode_torch, split_range, store_partial
+from .flash_decode import Plan, _split_range, _store_partial, flash_decode_torch
 from .flash_decode import _cost as flash_decode_cost
 from .qk_norm_rope import norm_and_rotate, rope_tables
 
@@ -53,9 +53,8 @@ def _decode_kernel(
     stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_os, stride_ls, capacity, n_splits, eps, scaling, softmax_scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr, DEPENDENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    await_previous(DEPENDENT)
     split = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -79,7 +78,7 @@ def _decode_kernel(
     v_ptr += batch * stride_vb + kv_head * stride_vh
 
     seqlen = tl.load(seqlens_ptr + batch)
-    start, end = split_range(seqlen - 1, leftpad_ptr, batch, split, n_splits, capacity, BLOCK_N)
+    start, end = _split_range(seqlen - 1, leftpad_ptr, batch, split, n_splits, capacity, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     running_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
     running_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
@@ -105,7 +104,7 @@ def _decode_kernel(
         HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL=False, MASKED=True, UPCAST=UPCAST,
     )  # fmt: skip
     row = batch * HEADS + head
-    store_partial(
+    _store_partial(
         acc, running_sum, running_max, out_ptr, lse_ptr, split, row, dims, mask, in_rows, stride_os, stride_ls, HEAD_DIM
     )
 
@@ -114,7 +113,7 @@ def _cost(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float,
     position_ids: torch.Tensor, inv_freq: torch.Tensor, scaling: float, *cache: torch.Tensor | float,
 ) -> Cost:  # fmt: skip
-    attention = flash_decode_cost(q, *cache[:4], cache[4], True, cache[5])
+    attention = flash_decode_cost(q, *cache[:5], True, cache[5])
     new = nbytes(k, v)  # written into the cache, not read from there
     return Cost(
         attention.launches, attention.read + nbytes(q_weight, k_weight, position_ids, inv_freq), attention.written + new
@@ -162,7 +161,7 @@ def _decode_attention(
             eps, scaling, softmax_scale,
             HEADS=heads, GROUP=heads // kv_heads, HEAD_DIM=head_dim, BLOCK_D=plan.block_d, BLOCK_M=plan.block_m,
             BLOCK_N=plan.block_n, UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
-            num_warps=plan.num_warps, num_stages=plan.num_stages, **LAUNCH_OPTIONS, **dependent_launch(q.device),
+            num_warps=plan.num_warps, num_stages=plan.num_stages, **LAUNCH_OPTIONS,
         )  # fmt: skip
         plan.combine(partial, lse, out)
     return out

@@ -31,10 +31,8 @@ from ._dispatch import (
     LAUNCH_OPTIONS,
     Backend,
     architecture,
-    await_previous,
     cdiv,
     choose_backend,
-    dependent_launch,
     launching,
     multiprocessors,
     next_power_of_2,
@@ -50,7 +48,7 @@ def max_rows(head_dim: int, dtype: torch.dtype) -> int:
 
 
 @triton.jit
-def split_range(length, leftpad_ptr, batch, split, n_splits, capacity, BLOCK_N: tl.constexpr):
+def _split_range(length, leftpad_ptr, batch, split, n_splits, capacity, BLOCK_N: tl.constexpr):
     """(start, end) of a split of a prompt's cache. Out-of-range lengths never lead outside the cache."""
     length = tl.minimum(length, capacity)
     first = tl.maximum(tl.load(leftpad_ptr + batch), 0)
@@ -60,7 +58,7 @@ def split_range(length, leftpad_ptr, batch, split, n_splits, capacity, BLOCK_N: 
 
 
 @triton.jit
-def store_partial(
+def _store_partial(
     acc,
     running_sum,
     running_max,
@@ -90,15 +88,14 @@ def _split_kernel(
     stride_os, stride_ls, n_queries, capacity, n_splits, softmax_scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, UPCAST: tl.constexpr, DEPENDENT: tl.constexpr,
+    CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    await_previous(DEPENDENT)
     split = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
 
     length = tl.minimum(tl.load(seqlens_ptr + batch), capacity)
-    start, end = split_range(length, leftpad_ptr, batch, split, n_splits, capacity, BLOCK_N)
+    start, end = _split_range(length, leftpad_ptr, batch, split, n_splits, capacity, BLOCK_N)
 
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
@@ -133,7 +130,7 @@ def _split_kernel(
     )  # fmt: skip
 
     row = (batch * n_queries + query) * HEADS + head
-    store_partial(
+    _store_partial(
         acc, running_sum, running_max, out_ptr, lse_ptr, split, row, dims, mask, in_rows, stride_os, stride_ls, HEAD_DIM
     )
 
@@ -141,9 +138,8 @@ def _split_kernel(
 @triton.jit(do_not_specialize=["n_splits"])
 def _combine_kernel(
     partial_ptr, lse_ptr, out_ptr, stride_ps, stride_ls, n_splits,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr, DEPENDENT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    await_previous(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     splits = tl.arange(0, BLOCK_SPLITS)
     dims = tl.arange(0, BLOCK_D)
@@ -222,7 +218,7 @@ class Plan:
             partial, lse, out, rows * head_dim, rows, self.splits,
             HEAD_DIM=head_dim, BLOCK_D=self.block_d, BLOCK_SPLITS=block_splits,
             num_warps=8 if block_splits * self.block_d > 4096 else 4,  # with 4, triton 3.8 spills
-            **LAUNCH_OPTIONS, **dependent_launch(out.device),
+            **LAUNCH_OPTIONS,
         )  # fmt: skip
 
 
@@ -269,7 +265,7 @@ def _flash_decode(
             HEADS=heads, GROUP=heads // kv_heads, HEAD_DIM=head_dim, BLOCK_D=plan.block_d, BLOCK_M=plan.block_m,
             BLOCK_N=plan.block_n, CAUSAL=causal,
             UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
-            num_warps=plan.num_warps, num_stages=plan.num_stages, **LAUNCH_OPTIONS, **dependent_launch(q.device),
+            num_warps=plan.num_warps, num_stages=plan.num_stages, **LAUNCH_OPTIONS,
         )  # fmt: skip
         plan.combine(partial, lse, out)
     return out

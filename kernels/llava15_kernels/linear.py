@@ -11,8 +11,8 @@
     biases      (N_i,) or None
     residual, y (..., sum of N_i), or (..., N_0) if gated
 
-One row multiplies and sums; 2 to 16 rows are one tile of a matrix product, and are normalized by a launch before it. A row has the
-same bits whatever other rows are beside it, as long as there are some.
+One row multiplies and sums; 2 to 16 rows are one tile of a matrix product, and are normalized by a launch before it. Among 2 to
+16, a row has the same bits whatever the others are.
 
 Time of the four products of a layer on an H100 (bfloat16, cold weights, CUDA graph, microseconds; `benchmarks/NOTES.md`):
 
@@ -37,10 +37,8 @@ from ._dispatch import (
     Backend,
     architecture,
     as_rows,
-    await_previous,
     cdiv,
     choose_backend,
-    dependent_launch,
     launching,
     next_power_of_2,
 )
@@ -94,14 +92,13 @@ def _one_row_kernel(
     N0, N1, N2, stride_0, stride_1, stride_2, eps,
     K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr,
     GATED: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     w_ptr, b_ptr, N, stride, first, column = _select(
         tl.program_id(0), w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, N0, N1, N2, stride_0, stride_1, stride_2,
         BLOCK_N, 1 if GATED else COUNT,
     )  # fmt: skip
-    await_previous(DEPENDENT)
     inverse = 1.0
     if HAS_NORM:
         everything = tl.arange(0, WIDTH)
@@ -142,7 +139,7 @@ def _few_rows_kernel(
     x_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, residual_ptr, y_ptr,
     n_rows, N0, N1, N2, stride_x, stride_0, stride_1, stride_2, stride_residual, stride_y,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, COUNT: tl.constexpr,
-    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
+    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Computes y^T = W x^T: the weight's rows fill the tall side of the matrix instruction."""
     dtype: tl.constexpr = y_ptr.dtype.element_ty
@@ -150,7 +147,6 @@ def _few_rows_kernel(
         tl.program_id(0), w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, N0, N1, N2, stride_0, stride_1, stride_2,
         BLOCK_N, 1 if GATED else COUNT,
     )  # fmt: skip
-    await_previous(DEPENDENT)
     rows = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first)
     columns = tl.arange(0, BLOCK_K)
     tokens = tl.minimum(tl.arange(0, BLOCK_M), n_rows - 1)
@@ -192,8 +188,8 @@ class _Config:
     def choose(cls, rows: int, width: int, dtype: torch.dtype, arch: str) -> _Config:
         widest = max(16, next_power_of_2(width))
         if rows == 1:
-            # 2 x 2048: 64 bytes of weights in flight per thread, without a pipeline. Widths that it does not divide (2560, 9728)
-            # would waste part of it, and are pipelined in smaller tiles.
+            # 2 x 2048: 64 bytes of weights in flight per thread, without a pipeline. Widths that it does not divide (2560,
+            # 9728) would waste part of it, and are pipelined in smaller tiles.
             return cls(2, 2048, 4, 1) if width % 2048 == 0 else cls(4, min(512, widest), 2, 1 if arch.startswith("gfx") else 3)
         # One warp per 16 rows of the weights, for as many programs as possible, with 32 KB in flight each (96 KB if gated, what
         # the smaller shared memories hold). Exact float32 products use no matrix instruction: larger tiles would spill.
@@ -261,7 +257,7 @@ def _fused_linear(
     common = {
         "K": width, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "COUNT": len(weights), "GATED": gated,
         "HAS_BIAS": has_bias, "HAS_RESIDUAL": residual is not None, "STAGES": config.num_stages, "num_warps": config.num_warps,
-        **LAUNCH_OPTIONS, **dependent_launch(x.device),
+        **LAUNCH_OPTIONS,
     }  # fmt: skip
     with launching("fused_linear", x):
         if n_rows == 1:

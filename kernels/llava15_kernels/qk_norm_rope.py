@@ -24,17 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._dispatch import (
-    LAUNCH_OPTIONS,
-    Backend,
-    await_previous,
-    cdiv,
-    choose_backend,
-    dependent_launch,
-    launching,
-    next_power_of_2,
-    warps_for,
-)
+from ._dispatch import LAUNCH_OPTIONS, Backend, cdiv, choose_backend, launching, next_power_of_2, warps_for
 from ._registry import Cost, empty_as, nbytes, operator
 from .flash_attn import MAX_HEAD_DIM
 from .norms import rms_norm_torch
@@ -73,9 +63,8 @@ def _qk_norm_rope_kernel(
     stride_kot, stride_koh, stride_vot, stride_voh, stride_pb,
     length, slots, eps, scaling,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, HAS_CACHE: tl.constexpr, DEPENDENT: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, HAS_CACHE: tl.constexpr,
 ):  # fmt: skip
-    await_previous(DEPENDENT)
     # int64 before the first multiplication with a stride, and after the division, which is several times as long in it.
     token = tl.program_id(0).to(tl.int64)
     batch = (tl.program_id(0) // length).to(tl.int64)
@@ -158,7 +147,6 @@ def _launch(
             Q_HEADS=q_heads, KV_HEADS=kv_heads, HALF=head_dim // 2, BLOCK_H=block_h,
             BLOCK_D=next_power_of_2(head_dim // 2), HAS_CACHE=has_cache,
             num_warps=warps_for(block_h * head_dim // 2, q.device), **LAUNCH_OPTIONS,
-            **dependent_launch(q.device, batch * length <= 16),  # a decode step
         )  # fmt: skip
     return q_out
 
