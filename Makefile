@@ -66,7 +66,7 @@ test-next:
 test-others:
 	$(MAKE) test VENV=.venv-others PINS='$(OTHERS)' ALONE='$(OTHERS_ALONE)' \
 		TESTS="tests/patching/test_lmms_eval.py tests/patching/test_peft.py tests/patching/test_interference.py tests/tools/test_environment.py \
-		tests/tools/test_serve.py"
+		tests/tools/test_serve.py tests/test_habits.py"
 
 test-mixins: $(if $(TRANSFORMERS_SRC),$(VENV)/ready,$(VENV)/transformers-src/ready)
 	$(BIN)/pip install --quiet parameterized

@@ -187,6 +187,8 @@ class _Config:
     @classmethod
     def choose(cls, rows: int, width: int, dtype: torch.dtype, arch: str) -> _Config:
         widest = max(16, next_power_of_2(width))
+        if arch == "interpreter":
+            return cls(64, min(512, widest), 4, 1)  # where the number of programs takes the time
         if rows == 1:
             # 2 x 2048: 64 bytes of weights in flight per thread, without a pipeline. Widths that it does not divide (2560,
             # 9728) would waste part of it, and are pipelined in smaller tiles.

@@ -39,6 +39,7 @@ TARGETS: tuple[Part, ...] = (
     Part("visual", LlavaOnevision1_5VisionModel, "hidden_states layout", method="merge_patches", kernels=("patch_merge",)),
     Part("language_model", Qwen3Model, TEXT, kernels=(
         "rms_norm + residual", "qk_norm_rope", "flash_attn_varlen_func", "flash_attn_with_kvcache", "silu_and_mul",
+        "fused_linear", "decode_attention",
     )),
     Part(HEAD, LlavaOnevision1_5ForConditionalGeneration, GENERATE, method="generate", kernels=("decoding loop",)),
     # Bypassed by the methods above.

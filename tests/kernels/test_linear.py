@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from llava15_kernels._dispatch import as_if_on
 from llava15_kernels.linear import MAX_ROWS, fused_linear, fused_linear_ref, pays
 from llava15_kernels.testing import DTYPES, assert_close
 
@@ -25,6 +26,8 @@ def check(x, weights, biases, **options):
     eager, ref = fused_linear_ref(x, weights, biases, **options), fused_linear_ref(x.double(), *doubles, **wide)
     ours = fused_linear(x, weights, biases, **options, backend="triton")
     assert_close(ours, eager, ref, "fused_linear")
+    with as_if_on("sm_90"):  # the tiles of a GPU, in the interpreter too
+        assert_close(fused_linear(x, weights, biases, **options, backend="triton"), eager, ref, "fused_linear, tiles of sm_90")
     return ours
 
 

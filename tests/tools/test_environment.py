@@ -1,7 +1,7 @@
 """`llava15-fast env`: what a bug report needs, and whether the versions are the declared ones."""
 
-import ast
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -27,12 +27,10 @@ def shown(found):
 
 
 def test_the_ranges_are_those_of_the_installation():
-    calls = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Call)]
-    (setup,) = [call for call in calls if getattr(call.func, "id", None) == "setup"]
-    arguments = {keyword.arg: keyword.value for keyword in setup.keywords}
-    requirements = [Requirement(text) for text in ast.literal_eval(arguments["install_requires"])]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = [Requirement(text) for text in project["dependencies"]]
     declared = {requirement.name: str(requirement.specifier) for requirement in requirements if requirement.specifier}
-    declared["python"] = ast.literal_eval(arguments["python_requires"])
+    declared["python"] = project["requires-python"]
     assert {name: set(text.split(",")) for name, text in environment.DECLARED.items()} == {
         name: set(text.split(",")) for name, text in declared.items()
     }
