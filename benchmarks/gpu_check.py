@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -147,40 +147,44 @@ GENERATE_TESTS = [f"tests/fast/test_{name}.py" for name in ("gpu", "graphs", "lo
 """On a CPU they have stand-ins for graphs and for a late end, or are skipped."""
 
 
+OUTCOME = re.compile(
+    r"^(?:\[gw\d+\] \[ *\d+%\] (?P<first>PASSED|FAILED|SKIPPED|ERROR) (?P<of>.+::.+?)|"  # as pytest-xdist prints it
+    r"(?P<test>.+::.+?) (?P<last>PASSED|FAILED|SKIPPED|ERROR)\b.*) *$"
+)
+
+
+LEAST = 20.0
+
+
 def run_tests(run: Run, paths: list[str], marker: str, share: float) -> None:
-    """pytest in a process of its own, given a share of the time that is left; outcomes are written as they come."""
-    limit = max(20.0, share * run.left())
+    """pytest in a process of its own, given a share of the time that is left; it prints outcomes as they come."""
+    limit = max(LEAST, share * run.left())
     environ = {key: value for key, value in os.environ.items() if run.dry or key != "TRITON_INTERPRET"}
-    with tempfile.TemporaryDirectory() as folder:
-        outcomes = Path(folder) / "outcomes.jsonl"
-        environ |= {"LLAVA15_OUTCOMES": str(outcomes), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-        command = [sys.executable, "-m", "pytest", *paths, "-m", marker, "-q", "-p", "benchmarks.outcomes"]
-        # A file that cannot be collected, for want of a package say, must not stop the others.
-        command += [
-            "-p",
-            "no:cacheprovider",
-            "--continue-on-collection-errors",
-            *(["--collect-only"] if run.dry else parallel()),
-        ]
-        output = Path(folder) / "output"
-        with output.open("w") as stream:
-            # A group of its own, so that what pytest has started goes with it.
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environ, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
-            )
-            try:
-                status = process.wait(limit)
-            except BaseException as error:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                if not isinstance(error, subprocess.TimeoutExpired):
-                    raise
-                status = None
-        tail, timed_out = output.read_text(errors="replace").strip()[-2000:], status is None
-        lines = outcomes.read_text().splitlines() if outcomes.is_file() else []
-    found = {row["test"]: row for row in map(json.loads, lines)}
-    counts = {outcome: sum(row["outcome"] == outcome for row in found.values()) for outcome in ("passed", "failed", "skipped")}
-    failing = {name: row["message"] for name, row in found.items() if row["outcome"] == "failed"}
+    environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+    command = [sys.executable, "-m", "pytest", *paths, "-m", marker, "-v", "--tb=line", "-p", "no:cacheprovider"]
+    # A file that cannot be collected, for want of a package say, must not stop the others.
+    command += ["--continue-on-collection-errors", *(["--collect-only"] if run.dry else parallel())]
+    with tempfile.TemporaryFile("w+") as output:
+        # A group of its own, so that what pytest has started goes with it.
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environ, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = process.wait(limit)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            status = None
+        output.seek(0)
+        text = output.read()
+    found = [match.groupdict() for line in text.splitlines() if (match := OUTCOME.match(line))]
+    outcomes = {row["test"] or row["of"]: row["last"] or row["first"] for row in found}
+    failing = {name: "" for name, outcome in outcomes.items() if outcome in ("FAILED", "ERROR")}
+    failing |= dict(re.findall(r"^(?:FAILED|ERROR) (\S.*?) - (.*)$", text, re.M))
+    counts = {name.lower(): list(outcomes.values()).count(name) for name in ("PASSED", "SKIPPED")} | {"failed": len(failing)}
+    timed_out = status is None
     run.add(
         "tests", paths=paths, selection=marker, **counts, failing=failing, status=status, timed_out=timed_out,
         limit_s=round(limit),
@@ -189,7 +193,7 @@ def run_tests(run: Run, paths: list[str], marker: str, share: float) -> None:
     for name, message in failing.items():
         run.rows.log(f"  FAILED {name}: {message}")
     if status not in (0, 1, 5) or (status == 1 and not failing):
-        run.rows.log(tail)
+        run.rows.log(text.strip()[-2000:])
 
 
 def parallel() -> list[str]:

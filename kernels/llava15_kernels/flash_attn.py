@@ -47,7 +47,6 @@ from ._dispatch import (
     next_power_of_2,
 )
 from ._registry import Cost, empty_as, nbytes, operator
-from .tuned import tuned
 
 MAX_HEAD_DIM = 256
 L2_BYTES = 32 * 2**20
@@ -265,7 +264,7 @@ class FlashConfig:
     """Tile sizes of one launch, and whether they are read through tensor descriptors.
 
     They depend on head_dim, dtype and architecture alone, never on lengths: a segment gives the same bits alone and in
-    any pack. All of the rule's compile without spills (`python -m benchmarks.aot`); a table in use (`tuned.py`) goes before it.
+    any pack. All compile without spills (`python -m benchmarks.aot`).
     """
 
     block_m: int
@@ -277,8 +276,6 @@ class FlashConfig:
     @classmethod
     def choose(cls, head_dim: int, dtype: torch.dtype, architecture: str, descriptors: bool = True) -> FlashConfig:
         """The configuration of an architecture; `descriptors=False` where the tensors do not allow any."""
-        if descriptors and (found := tuned("flash_attn_varlen", (head_dim, dtype, architecture))):
-            return cls(**{**found, "descriptors": bool(found["descriptors"])})
         if dtype == torch.float32:
             # Exact float32 products use no matrix instruction; larger tiles spill.
             return cls(32, 32, 4, 1) if head_dim <= 64 else cls(16, 16, 4, 1)

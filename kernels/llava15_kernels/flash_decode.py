@@ -39,7 +39,6 @@ from ._dispatch import (
 )
 from ._registry import Cost, empty_as, nbytes, operator
 from .flash_attn import MAX_HEAD_DIM, _attend, refuse_options, scale_of
-from .tuned import tuned
 
 
 def max_rows(head_dim: int, dtype: torch.dtype) -> int:
@@ -163,10 +162,7 @@ def choose_splits(batch: int, kv_heads: int, capacity: int, block_n: int, proces
 
 @dataclass(frozen=True)
 class Plan:
-    """Tiles and number of splits of one launch; they depend on shapes, dtype and device, never on lengths.
-
-    A table of measured configurations may replace the rule (`tuned.py`).
-    """
+    """Tiles and number of splits of one launch; they depend on shapes, dtype and device, never on lengths."""
 
     block_m: int
     block_n: int
@@ -190,16 +186,8 @@ class Plan:
         block_n = (32 if block_d <= 64 else 16) if exact else 64 if block_d <= 128 else 32
         if large and not exact and (amd or block_d > 128):
             block_n //= 2
-        # What is measured is a single query.
-        config = (None if large else tuned("flash_decode", (head_dim, q.dtype, arch))) or {
-            "block_n": block_n,
-            "num_warps": 8 if large else 4,
-            "num_stages": 1 if exact else 2 if large or amd else 3,
-            "waves": 2,
-        }
-        block_n, waves = config["block_n"], config["waves"]
-        splits = num_splits or choose_splits(batch, kv_heads, capacity, block_n, multiprocessors(q.device), waves)
-        return cls(block_m, block_n, block_d, config["num_warps"], config["num_stages"], splits)
+        splits = num_splits or choose_splits(batch, kv_heads, capacity, block_n, multiprocessors(q.device))
+        return cls(block_m, block_n, block_d, 8 if large else 4, 1 if exact else 2 if large or amd else 3, splits)
 
     def buffers(self, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The partial results (splits, rows, head_dim), or `out` itself if there is one split, and their log-sum-exp."""

@@ -7,18 +7,15 @@ import re
 import pytest
 import torch
 
-from benchmarks import cpu_ratio, rows, soak
+from benchmarks import cpu_ratio, rows
 
-COMMANDS = ("gpu_check", "generate", "roofline", "report", "cpu_ratio", "host_time", "soak", "tune", "aot")
+COMMANDS = ("gpu_check", "generate", "roofline", "report", "cpu_ratio", "host_time", "aot")
 MISTAKES = {
     "roofline --config 4b --phase nothing": "there are vision 560x560",
     "cpu_ratio --select nothing": "no case has this in its name",
     "cpu_ratio --pairs 1": "at least 2",
-    "soak --requests 0": "not a positive whole number",
     "host_time --rounds 0": "not a positive whole number",
     "host_time --json tests": "tests is a folder",
-    "tune --dry-run --out x.json --op flash_decode --head-dim 64": "nothing is tuned",
-    "tune --dry-run --out README.md/x.json": "README.md is a file",
     "report --root tests": "not a checkout",
 }
 
@@ -111,20 +108,3 @@ def test_a_wrong_result_has_no_ratio(tmp_path, monkeypatch, capsys):
     found = json.loads(file.read_text())["rows"]
     assert len(found) == 4 and not any(row["verified"] or "median" in row for row in found)
     assert capsys.readouterr().out.count("WRONG") == 4
-
-
-@needs_no_gpu
-def test_a_soak_that_is_stopped_tells_how_far_it_came(tmp_path, monkeypatch, capsys):
-    turns = iter(range(9))
-
-    def answer(*args):
-        if next(turns) == 6:
-            raise KeyboardInterrupt
-        return torch.zeros(1, 3)
-
-    monkeypatch.setattr(soak, "answer", answer)
-    file = tmp_path / "soak.json"
-    assert soak.main(["--requests", "20", "--json", str(file)]) == 130
-    found = json.loads(file.read_text())
-    assert found["requests"] == 3 and sum(found["kinds"].values()) == 3 and list(found["resident_mib"]) == ["2", "3"]
-    assert "stopped by hand after 3 of 20" in capsys.readouterr().err

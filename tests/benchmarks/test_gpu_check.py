@@ -1,6 +1,5 @@
 """The GPU check finds slips on a CPU, refuses to time what is wrong, and leaves what it finished."""
 
-import json
 import os
 import subprocess
 import sys
@@ -328,30 +327,27 @@ def test_counted_bytes_are_the_declared_ones():
             assert checker.traffic == OPERATORS["vision_rope_2d"].cost(*inputs).bytes
 
 
-def test_pytest_outcomes_are_written_as_they_come(tmp_path, monkeypatch):
+@pytest.mark.parametrize("processes", [[], ["-n", "1"]], ids=["", "xdist"])
+def test_outcomes_of_tests_are_read_from_what_pytest_prints(tmp_path, monkeypatch, processes):
+    """Of a run that is cut off, too."""
     (tmp_path / "test_x.py").write_text(
-        "import pytest, os\n"
-        "def test_a(): pass\n"
+        "import pytest, time\n"
+        "@pytest.mark.parametrize('x', ['batch 1, 2'])\n"
+        "def test_a(x): pass\n"
         "def test_b(): assert 1 == 2\n"
         "@pytest.mark.skip\ndef test_c(): pass\n"
-        "def test_d(): os._exit(1)\n"
+        "def test_d(): time.sleep(60)\n"
     )
-    file = tmp_path / "outcomes"
-    environment = os.environ | {"LLAVA15_OUTCOMES": str(file), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.outcomes", "-p", "no:cacheprovider", "test_x.py"]
-    subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
-    found = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [row["outcome"] for row in found] == ["passed", "failed", "skipped"] and "test_b" in found[1]["test"]
-
-    def finished(command, env, **_):
-        Path(env["LLAVA15_OUTCOMES"]).write_text(file.read_text())
-        return type("Process", (), {"wait": lambda self, limit: 1})()
-
-    monkeypatch.setattr(subprocess, "Popen", finished)
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_check, "LEAST", 8.0)
+    monkeypatch.setattr(gpu_check, "parallel", lambda: processes)
     run = Run(Rows(tmp_path, "x", {}), torch.device("cpu"), 100)
-    gpu_check.run_tests(run, ["tests/kernels"], "gpu", 1.0)
-    row = run.rows.rows[-1]
-    assert (row["passed"], row["failed"], row["skipped"]) == (1, 1, 1) and list(row["failing"]) == [found[1]["test"]]
+    run.dry = False
+    for share, selection, counts in ((0.0, "", (1, 1, 1)), (1.0, "skip", (0, 0, 1))):
+        gpu_check.run_tests(run, ["test_x.py"], selection, share)
+        row = run.rows.rows[-1]
+        assert (row["passed"], row["failed"], row["skipped"]) == counts
+        assert row["timed_out"] is (share == 0.0) and list(row["failing"]) == ["test_x.py::test_b"] * counts[1]
     assert run.failures() == [""]
 
 

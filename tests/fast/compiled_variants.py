@@ -1,6 +1,6 @@
 """Which variants of the kernels requests need, and which of them a warm-up has not compiled.
 
-    python -m benchmarks.variants
+    PYTHONPATH=.:kernels python tests/fast/compiled_variants.py
 
 Triton compiles a kernel anew for other constants, dtypes, divisibility of numbers and alignment of pointers. Here it is asked
 for every launch what it would be compiled for, and nothing is compiled or launched: a narrow model with the heads of the 4B and
@@ -10,7 +10,6 @@ needed while a CUDA graph is captured would end the capture. Exit status 1 where
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
@@ -25,13 +24,12 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import llava15_fast
 import llava15_kernels
+from benchmarks.generate import tiny_config
+from benchmarks.host_time import NoGraph, as_if_on_a_gpu
 from llava15_fast import LlavaOnevision1_5ForConditionalGeneration
 from llava15_fast.fast import cuda_graphs as graphs
 from llava15_fast.fast import runtime
 from llava15_fast.model.releases import CACHE
-
-from .generate import tiny_config
-from .host_time import NoGraph, as_if_on_a_gpu
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -147,13 +145,8 @@ def missing() -> tuple[int, list[tuple[str, str, bool]]]:
     return compiled, inside + recorder.new
 
 
-def main(argv: list[str] | None = None) -> int:
+def main() -> int:
     """Status 0: a warm-up compiles all; 1: something is missing; 2: it cannot be found out."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.variants",
-        description="Lists the variants of kernels that requests need and a warm-up has not compiled. Nothing is launched.",
-    )
-    parser.parse_args(argv)
     if llava15_kernels.INTERPRETED:
         print("TRITON_INTERPRET is set: the interpreter compiles nothing.", file=sys.stderr)
         return 2
