@@ -76,6 +76,7 @@ test-mixins: $(if $(TRANSFORMERS_SRC),$(VENV)/ready,$(VENV)/transformers-src/rea
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 $(VENV)/ready: setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, this is " + sys.version.split()[0])'
@@ -92,4 +93,4 @@ $(VENV)/transformers-src/ready: $(VENV)/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-next .venv-others build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest .venv-next .venv-others build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -16,6 +16,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .patching.auto import enable
 
@@ -31,8 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     program = arguments[1:] if as_module else arguments
     if not program or program[0].startswith("-"):
         raise SystemExit(USAGE)
+    backend: Any = os.environ.get("LLAVA15_FAST_BACKEND", "auto")
     try:
-        enable(os.environ.get("LLAVA15_FAST_BACKEND", "auto"))
+        enable(backend)
     except ValueError as error:
         raise SystemExit(f"LLAVA15_FAST_BACKEND: {error}") from None
     if not (importlib.util.find_spec(program[0].partition(".")[0]) if as_module else Path(program[0]).exists()):

@@ -40,5 +40,5 @@ def check_versions() -> None:
         present = ", ".join(f"{package} {version or 'is missing'}" for package, version in found.items())
         raise ImportError(f"llava15_fast needs {needed}; here: {present}")
     for package, version in found.items():
-        if not is_inside(version, DECLARED[package]):
+        if version and not is_inside(version, DECLARED[package]):
             logger.warning("%s %s is newer than what this was tested with: %s", package, version, DECLARED[package])

@@ -173,7 +173,8 @@ class launching:
     __slots__ = ("guard", "op", "tensor")
 
     def __init__(self, op: str, tensor: torch.Tensor) -> None:
-        self.op, self.tensor, self.guard = op, tensor, None
+        self.op, self.tensor = op, tensor
+        self.guard: torch.cuda.device | None = None
 
     def __enter__(self) -> None:
         if self.tensor.is_cuda:

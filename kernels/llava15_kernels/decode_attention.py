@@ -17,6 +17,8 @@ no program reads what another one writes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -111,7 +113,7 @@ def _decode_kernel(
 
 def _cost(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float,
-    position_ids: torch.Tensor, inv_freq: torch.Tensor, scaling: float, *cache: torch.Tensor | float,
+    position_ids: torch.Tensor, inv_freq: torch.Tensor, scaling: float, *cache: Any,
 ) -> Cost:  # fmt: skip
     attention = flash_decode_cost(q, *cache[:5], True, cache[5])
     new = nbytes(k, v)  # written into the cache, not read from there

@@ -562,7 +562,9 @@ def flash_attn_varlen_sdpa(
         if causal and len_q < len_k:
             mask = torch.ones(len_q, len_k, dtype=torch.bool, device=q.device).tril(len_k - len_q)
         output = torch.nn.functional.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (queries, keys, values)),
+            queries.transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
             attn_mask=mask,
             is_causal=causal and mask is None,
             scale=softmax_scale,

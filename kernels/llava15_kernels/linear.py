@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import triton
@@ -347,7 +348,7 @@ def fused_linear_ref(
     norm_weight: torch.Tensor | None = None, eps: float = 1e-6, residual: torch.Tensor | None = None, gated: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """The eager reference: norm, products, activation and addition one by one, each rounded."""
-    normed = x if norm_weight is None else rms_norm_ref(x, norm_weight, eps)
+    normed = x if norm_weight is None else cast(torch.Tensor, rms_norm_ref(x, norm_weight, eps))
     products = [torch.nn.functional.linear(normed, *layer) for layer in zip(weights, biases, strict=True)]
     y = silu_and_mul_ref(*products) if gated else torch.cat(products, dim=-1)
     return y if residual is None else y + residual

@@ -18,6 +18,7 @@ One pass: a row is read once, kept in registers, written once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 import triton
@@ -175,6 +176,14 @@ def _add_layer_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tenso
     return _launch(_layer_norm_kernel, x, residual, weight, bias, eps)
 
 
+@overload
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: None = None, *, backend: Backend = "auto"
+) -> torch.Tensor: ...
+@overload
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor, *, backend: Backend = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def rms_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -204,6 +213,14 @@ def rms_norm(
     return (rms_norm_torch if torch_backend else rms_norm_triton)(x, weight, eps, residual)
 
 
+@overload
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, residual: None = None, *, backend: Backend = "auto"
+) -> torch.Tensor: ...
+@overload
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, residual: torch.Tensor, *, backend: Backend = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def layer_norm(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -15,6 +15,8 @@ Patches of one 2x2 block are consecutive, so out (N, C) *is* the merged matrix (
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import triton
 import triton.language as tl
@@ -149,5 +151,5 @@ def patch_merge_ref(
     """The eager reference."""
     is_patch = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
     is_patch[cu_seqlens[:-1].long()] = False
-    normed = layer_norm_ref(x[is_patch], weight, bias, eps)
+    normed = cast(torch.Tensor, layer_norm_ref(x[is_patch], weight, bias, eps))
     return normed.reshape(-1, merge_size**2 * x.shape[1])

@@ -20,6 +20,8 @@ Su et al., https://arxiv.org/abs/2104.09864; per-head norms as in Qwen3, https:/
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import triton
 import triton.language as tl
@@ -226,14 +228,14 @@ def qk_norm_rope(
     cache = (v, k_cache, v_cache, slot_mapping)
     _check(q, k, q_weight, k_weight, position_ids, inv_freq, cache)
     chosen = choose_backend("qk_norm_rope", backend, q, k, q_weight, k_weight, inv_freq, v, k_cache, v_cache)
-    if v is None:
+    if v is None or k_cache is None or v_cache is None or slot_mapping is None:
         if chosen == "torch":
             return qk_norm_rope_ref(q, k, q_weight, k_weight, eps, position_ids, inv_freq, attention_scaling)
         return torch.ops.llava15.qk_norm_rope(q, k, q_weight, k_weight, eps, position_ids, inv_freq, attention_scaling)
     if chosen == "torch":
         q, k = qk_norm_rope_ref(q, k, q_weight, k_weight, eps, position_ids, inv_freq, attention_scaling)
         # A compiled graph cannot depend on values: there, a row outside is torch's error.
-        inside = (slot_mapping >= 0) & (slot_mapping < k_cache.shape[0])
+        inside = slot_mapping.ge(0) & slot_mapping.lt(k_cache.shape[0])
         if not torch.compiler.is_compiling() and not inside.all():
             slot_mapping, k, v = (x[inside][None] for x in (slot_mapping, k, v))
         write_rows(k_cache, v_cache, slot_mapping, k, v)
@@ -272,7 +274,7 @@ def _check(
     ]
     if any(part is not None for part in cache):
         v, k_cache, v_cache, slot_mapping = cache
-        if any(part is None for part in cache):
+        if v is None or k_cache is None or v_cache is None or slot_mapping is None:
             raise ValueError(f"{op}: v, k_cache, v_cache and slot_mapping belong together, expected all or none")
         slots = k_cache.shape[0] if k_cache.ndim else 0
         expected += [
@@ -341,7 +343,8 @@ def norm_and_rotate(
         # Whole rows at a time: torch's elementwise loops are slow on halves.
         return torch.cat([-second, first], dim=-1).mul_(sin).add_(x * cos).to(dtype)
 
-    return rotate(rms_norm_torch(q, q_weight, eps)), rotate(rms_norm_torch(k, k_weight, eps))
+    q, k = (cast(torch.Tensor, rms_norm_torch(x, weight, eps)) for x, weight in ((q, q_weight), (k, k_weight)))
+    return rotate(q), rotate(k)
 
 
 def write_rows(

@@ -66,7 +66,11 @@ class Comparison:
             least = 1e-5 * (size / unit)
             exact = eager.dtype == torch.float32
             numbers += [error, eager_error, max(least, 2 * eager_error) if exact else 2 * (eager_error + rounding_error)]
-        return cls(name, *numbers, worst(ours, reference)[1], tuple(reference.shape))
+        largest, largest_eager, bound, relative, relative_eager, relative_bound = numbers
+        return cls(
+            name, largest, largest_eager, bound, relative, relative_eager, relative_bound,
+            worst(ours, reference)[1], tuple(reference.shape),
+        )  # fmt: skip
 
 
 def _norm(error: torch.Tensor, order: float) -> float:

@@ -17,7 +17,7 @@ import math
 from collections import deque
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import GenerationConfig
@@ -35,7 +35,7 @@ METHOD = "generate"
 
 STEP_INPUTS = frozenset(("input_ids", "attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"))
 
-Output = torch.Tensor | GenerateDecoderOnlyOutput
+Output: TypeAlias = torch.Tensor | GenerateDecoderOnlyOutput
 
 _PURE = """
     EpsilonLogitsWarper EtaLogitsWarper ExponentialDecayLengthPenalty ForcedBOSTokenLogitsProcessor
@@ -143,7 +143,7 @@ def decode(model: FastForConditionalGeneration, asked: Asked) -> Output:
     answer, kwargs, config = Answer(asked), asked.model_kwargs, asked.config
     inputs = Inputs(model, kwargs)
     # An assistant model is called repeatedly and continues its cache.
-    outputs = model._prefill(asked.input_ids, config, kwargs, is_first_iteration=not config.is_assistant)
+    outputs = model._prefill(asked.input_ids, config, kwargs, is_first_iteration=not config.is_assistant)  # type: ignore[call-arg]
     while not answer.append(answer.choose(outputs.logits[:, -1])):
         step = inputs.next(answer.ids, outputs)
         del outputs

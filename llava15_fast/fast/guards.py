@@ -171,7 +171,7 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {}
 """Class -> class of a patched instance."""
 
 
-def stands_for(base: type[nn.Module]) -> Callable[[type], type]:
+def stands_for(base: Any) -> Callable[[type], type]:
     """Registers the patched class of `base`, under the same `__name__`, which `save_pretrained` writes to the configuration."""
 
     def declare(cls: type) -> type:

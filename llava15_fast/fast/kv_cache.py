@@ -142,7 +142,7 @@ class PooledLayer(DynamicLayer):
         pair[side] = tensor
         if self._own is None:
             self._loan.held -= 1
-        self._own = tuple(pair)
+        self._own = tuple(pair)  # type: ignore[assignment]
         if self._loan is not None and not any(self._loan.buffers.shares(self._index, own) for own in pair):
             self._loan = None
 

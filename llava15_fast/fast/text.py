@@ -141,7 +141,7 @@ def first_step(module: nn.Module, runtime: Runtime, request: Request, call: Text
     if reason := facts.guard or _input_guard(module, call):
         return reason
     config, (batch, length), n_layers = module.config, call.given.shape[:2], module.config.num_hidden_layers
-    use_cache = config.use_cache if use_cache is None else use_cache
+    use_cache = config.use_cache if use_cache is None else use_cache  # type: ignore[assignment]
     if use_cache and cache is None:
         cache = DynamicCache(config=config)
     if cache is not None and (reason := cache_guard(cache, n_layers, LAYERS)):

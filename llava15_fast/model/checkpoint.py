@@ -36,7 +36,7 @@ def upstream_names() -> list[WeightConverter | WeightRenaming]:
     ]
 
 
-def register_tensor_names(model_class: type) -> None:
+def register_tensor_names(model_class: Any) -> None:
     """Registers both formats for a class with a `published_prefix`; transformers looks them up by class name."""
     names = published_names(model_class.published_prefix) + upstream_names()
     register_checkpoint_conversion_mapping(model_class.__name__, names, overwrite=True)

@@ -117,6 +117,8 @@ class LlavaOnevision1_5VisionRotaryEmbedding(nn.Module):
     The inverse frequencies are f_i = theta^(-2i / (head_dim/2)), i < head_dim/4; class rows have learned angles.
     """
 
+    inv_freq: torch.Tensor
+
     def __init__(self, config: LlavaOnevision1_5VisionConfig) -> None:
         super().__init__()
         self.dim = config.hidden_size // config.num_heads // 2
@@ -227,7 +229,7 @@ class LlavaOnevision1_5PreTrainedModel(PreTrainedModel):
         try:
             return super().save_pretrained(save_directory, *args, **kwargs)
         finally:
-            self._weight_conversions = loaded_names
+            self._weight_conversions = loaded_names  # type: ignore[assignment]
 
 
 class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
@@ -236,7 +238,7 @@ class LlavaOnevision1_5VisionModel(LlavaOnevision1_5PreTrainedModel):
     config: LlavaOnevision1_5VisionConfig
     config_class = LlavaOnevision1_5VisionConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image", "video")
+    input_modalities = ("image", "video")  # type: ignore[assignment]
     _no_split_modules = ["LlavaOnevision1_5VisionBlock"]
     _input_embed_layer = "patch_embed"
     _can_record_outputs = {"hidden_states": LlavaOnevision1_5VisionBlock, "attentions": LlavaOnevision1_5VisionAttention}
@@ -503,7 +505,7 @@ class LlavaOnevision1_5ForConditionalGeneration(LlavaOnevision1_5PreTrainedModel
         manager = super().init_continuous_batching(*args, **kwargs)
         add_request = type(manager).add_request.__get__(manager)
         manager.add_request = lambda input_ids, *args, **kwargs: (
-            self._check_text(input_ids),
+            self._check_text(input_ids),  # type: ignore[func-returns-value]
             add_request(input_ids, *args, **kwargs),
         )[1]
         return manager

@@ -51,7 +51,7 @@ def _install_processor_lookup() -> None:
         return load(pretrained_model_name_or_path, **kwargs)
 
     if not hasattr(original, "llava15_fast"):
-        from_pretrained.llava15_fast = True
+        from_pretrained.llava15_fast = True  # type: ignore[attr-defined]
         transformers.AutoProcessor.from_pretrained = staticmethod(from_pretrained)
 
 

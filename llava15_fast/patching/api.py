@@ -46,8 +46,8 @@ def patch(model: nn.Module, backend: Backend = "auto", *, cuda_graph: bool = Tru
     modules = patched_modules(root)
     present = [runtime_of(module) if isinstance(module, FastModule) else None for module, _ in modules]
     # Incomplete after an interrupted `unpatch`.
-    complete = present[0] is not None and all(runtime is present[0] for runtime in present)
-    if complete and (present[0].backend, present[0].cuda_graph) == (backend, cuda_graph):
+    first, complete = present[0], all(runtime is present[0] for runtime in present)
+    if first is not None and complete and (first.backend, first.cuda_graph) == (backend, cuda_graph):
         return PatchHandle(model)
     try:
         unpatch(model)
@@ -95,7 +95,7 @@ def patched(model: nn.Module, backend: Backend = "auto", *, cuda_graph: bool = T
 
 def _install(module: nn.Module, fast: type[nn.Module], runtime: Runtime) -> None:
     vars(module)[RUNTIME] = runtime
-    _change_class(module, patched_class(type(module), fast))
+    _change_class(module, patched_class(type(module), fast))  # type: ignore[arg-type]
 
 
 def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -113,7 +113,7 @@ def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 @functools.cache
-def patched_class(cls: type[nn.Module], fast: type[nn.Module]) -> type[nn.Module]:
+def patched_class(cls: Any, fast: Any) -> Any:
     """The patched version of `cls`: `fast` itself or, for subclasses made by users, FSDP2 or parametrizations, a dynamic class
     derived from both, pickled by its bases."""
     if FAST.get(cls) is fast:
@@ -135,17 +135,17 @@ def _properties(cls: type) -> dict[str, property]:
     return {name: value for name, value in vars(cls).items() if isinstance(value, property)}
 
 
-def _reduce(module: nn.Module, protocol: Any) -> tuple:
+def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
     fast = next(fast for fast in FAST.values() if isinstance(module, fast))
     return _new, (vars(type(module))[ORIGINAL], fast), module.__getstate__()
 
 
 def _new(cls: type[nn.Module], fast: type[nn.Module]) -> nn.Module:
-    made = patched_class(cls, fast)
+    made = patched_class(cls, fast)  # type: ignore[arg-type]
     return made.__new__(made)
 
 
-def unpatched_class(cls: type[nn.Module]) -> type[nn.Module]:
+def unpatched_class(cls: Any) -> Any:
     """The class before `patch`, even if FSDP2 or a parametrization has derived from ours since."""
     if not issubclass(cls, FastModule):
         return cls

@@ -40,7 +40,7 @@ def enable(backend: Backend = "auto", *, cuda_graph: bool = True) -> None:
         raise ValueError(f"backend is {backend!r}, expected one of {BACKENDS}")
     disable()
     # Of PreTrainedModel; called with the requested subclass.
-    original = LlavaOnevision1_5ForConditionalGeneration.from_pretrained.__func__
+    original = LlavaOnevision1_5ForConditionalGeneration.from_pretrained.__func__  # type: ignore[attr-defined]
 
     @functools.wraps(original)
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
@@ -59,7 +59,7 @@ def enable(backend: Backend = "auto", *, cuda_graph: bool = True) -> None:
             logger.info("patched %s, backend %s", type(model).__name__, backend)
         return loaded
 
-    LlavaOnevision1_5ForConditionalGeneration.from_pretrained = classmethod(from_pretrained)
+    LlavaOnevision1_5ForConditionalGeneration.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment, method-assign]
 
 
 def disable() -> None:

@@ -179,7 +179,7 @@ def _verify(model: nn.Module, root: nn.Module, inputs: Inputs, max_new_tokens: i
     answer, ours_answer = (_padded(x, root.generation_config.eos_token_id, max_new_tokens) for x in (ids, ours_ids))
     counted = answer[:, : ids.shape[1]] >= 0
     cast = [x[counted].to(weight.dtype) for x in (ours_logits, logits)]
-    parts.append(Comparison.of("logits", *cast, exact_logits[counted]))
+    parts.append(Comparison.of("logits", *cast, exact_logits[counted]))  # type: ignore[call-arg]
     differences = partial(_differences, weight.dtype, (logits.double() - exact_logits.double()).abs().amax(-1))
     forced = tuple(differences(_margins(logits), ours_logits.argmax(-1), logits.argmax(-1), counted))
     generated = tuple(differences(margins, ours_answer, answer, (ours_answer != answer).cumsum(-1) == 1))
@@ -207,7 +207,7 @@ def _differences(
     for prompt, step in ((ours != eager) & among).nonzero().tolist():
         at = prompt, min(step, margins.shape[1] - 1)
         tokens, margin, distance = (int(x[prompt, step]) for x in (ours, eager)), float(margins[at]), float(distances[at])
-        yield Difference(prompt, step, *tokens, margin, distance, dtype != torch.float32 and margin < 2 * distance)
+        yield Difference(prompt, step, *tokens, margin, distance, dtype != torch.float32 and margin < 2 * distance)  # type: ignore[call-arg]
 
 
 def _blocks(root: nn.Module, inputs: Inputs, backend: str, ran: dict[str, str]) -> list[Comparison]:
@@ -321,7 +321,7 @@ def _in_precision(root: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 def exact_float32() -> contextlib.AbstractContextManager[None]:
     """Disables TF32, which is the default for convolutions on a GPU."""
-    backends = torch.backends
+    backends: Any = torch.backends
     # The newer settings: torch refuses the older ones once these were used.
     settings = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
     return _meanwhile("fp32_precision", [(setting, "ieee") for setting in settings])
