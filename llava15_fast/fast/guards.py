@@ -343,7 +343,7 @@ class Facts:
     def __init__(self, table: Table, module: nn.Module) -> None:
         self.table, self.module = table, module
         self.weight: torch.Tensor | None = None  # the first one; all must share its dtype
-        self.plain = self.row_by_row = True
+        self.plain = self.row_by_row = not replaced("linear")
         self._tensors: list[torch.Tensor] = []
         self._numbers: list[float] = []
         try:
@@ -404,7 +404,7 @@ class Facts:
     @cached_property
     def fingerprint(self) -> tuple | None:
         """What is baked into a captured graph: addresses of the tensors it reads, and numbers. None: graphs are not allowed."""
-        known = self.guard is None and self.plain and not replaced("linear") and not any(map(is_fake, self._tensors))
+        known = self.guard is None and self.plain and not any(map(is_fake, self._tensors))
         return (*map(_place, self._tensors), *self._numbers) if known else None
 
     def hold(self) -> list[torch.Tensor]:
