@@ -1,8 +1,8 @@
-"""Every kernel compiled ahead of time, at the shapes of the 4B and the 8B, for architectures that need not be at hand.
+"""Every kernel compiled ahead of time, at the shapes of the catalogue (`cases.py`), for architectures that need not be at hand.
 
     python -m benchmarks.aot [--arch NAME ...] [--json FILE]
 
-The launchers of `llava15_kernels` run on empty CPU tensors while launches are recorded instead of carried out, so what is
+The functions of `llava15_kernels` run on empty CPU tensors while launches are recorded instead of carried out, so what is
 compiled is what would be launched: the same tiles, warps and specialisation (16-byte aligned pointers, arguments divisible
 by 16, ones).
 The figures come from the compiled code itself: ptxas and SASS for NVIDIA, the amdgcn text for AMD. Nothing here is a time.
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,11 +38,12 @@ from triton.runtime.jit import JITFunction, mangle_type
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import llava15_kernels
+from llava15_kernels import _dispatch, flash_attn_varlen_func, flash_attn_with_kvcache, qk_norm_rope, rms_norm
 from llava15_kernels._dispatch import architecture, as_if_on
 from llava15_kernels.flash_attn import FlashConfig, flash_config
 
+from .cases import cases
 from .rows import output_file, write_document
-from .sizes import TEXT, Text
 
 RESULT = Path(__file__).parent / "results/aot.json"
 
@@ -88,80 +90,32 @@ def recorded_launches() -> Iterator[list[Launch]]:
     def run(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
         launches.append(Launch(self, grid, args, kwargs))
 
-    with mock.patch.object(JITFunction, "run", run):
+    with mock.patch.object(JITFunction, "run", run), mock.patch.object(_dispatch, "default_backend", lambda device: "triton"):
         yield launches
 
 
-TOKENS, ROWS, CAPACITY = 1664, 6401, 8192
-"""Prompt tokens (a 1120 x 1120 image and 64 of text), vision rows of that image, slots of the cache."""
+def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(name, call) of every case of the catalogue, and of what it does not time."""
+    with mock.patch.object(torch, "randn", torch.empty):  # nothing is computed
+        for case in cases():
+            if "batch 16" not in case.name:  # the same kernels on gigabytes
+                yield case.id, partial(case.ours, *case.make(torch.device("cpu"), dtype))
+        q, k, v = torch.empty(1, 64, 48, 128, dtype=dtype).split([32, 8, 8], dim=2)
+        weight, positions = torch.empty(128, dtype=dtype), torch.zeros(1, 64, dtype=torch.long)
+        yield "rms_norm of heads", partial(rms_norm, q, weight, 1e-6)
+        yield "qk_norm_rope without a cache", partial(qk_norm_rope, q, k, weight, weight, 1e-6, positions, torch.empty(64))
+        cache = torch.empty(2, 1, 8192, 8, 128, dtype=dtype)
+        yield "flash_attn_with_kvcache, 32 queries", partial(flash_attn_with_kvcache, q[:, :32], *cache, causal=True)
+        bounds = torch.tensor([0, 64], dtype=torch.int32)
+        for name, heads in (("causal", (q[0], k[0], v[0])), ("vision", torch.empty(3, 64, 16, 64, dtype=dtype))):
+            call = partial(flash_attn_varlen_func, *heads, bounds, bounds, 64, 64, causal=name == "causal")
+            yield f"flash_attn_varlen_func {name}, by pointers", partial(by_pointers, call, heads[0])
 
 
-def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(name of the configuration, call of the operators) of all hot-path operations."""
-    ops = torch.ops.llava15
-
-    def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=of)
-
-    def flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> None:
-        """As the architecture has it, and by pointers, which serve misaligned tensors everywhere."""
-        bounds = torch.tensor([0, len(q)], dtype=torch.int32)
-        arguments = (q, k, v, bounds, bounds, len(q), q.shape[-1] ** -0.5, causal)
-        ops.flash_attn_varlen(*arguments)
-        with flash_config(FlashConfig.choose(q.shape[-1], q.dtype, architecture(q.device), descriptors=False)):
-            ops.flash_attn_varlen(*arguments)
-
-    def vision() -> None:
-        x, weight = empty(ROWS, 1024), empty(1024)
-        q, k, v = empty(ROWS, 3, 16, 64).unbind(1)
-        bounds = torch.tensor([0, ROWS], dtype=torch.int32)
-        positions = empty(ROWS, 2, of=torch.int32)
-        ops.layer_norm(x, weight, weight, 1e-5)
-        ops.add_layer_norm(x, x, weight, weight, 1e-5)
-        q, k = ops.vision_rope_2d(q, k, positions, empty(16, of=torch.float32), empty(1, 32))
-        flash_attn(q, k, v, False)
-        ops.gelu(empty(ROWS, 4096), empty(4096))
-        ops.gelu(empty(ROWS, 4096), None)
-        ops.patch_merge(x, weight, weight, 1e-5, bounds, 2)
-
-    def text(shape: Text) -> None:
-        x, weight = empty(TOKENS, shape.hidden_size), empty(shape.hidden_size)
-        heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
-        packed = empty(1, TOKENS, heads + 2 * kv_heads, shape.head_dim)
-        q, k, v = packed.split([heads, kv_heads, kv_heads], dim=2)
-        head_weight, inv_freq = empty(shape.head_dim), empty(shape.head_dim // 2, of=torch.float32)
-        positions, lengths = empty(1, TOKENS, of=torch.int64), empty(1, of=torch.int32)
-        k_cache, v_cache = empty(2, 1, CAPACITY, kv_heads, shape.head_dim)
-        ops.rms_norm(x, weight, 1e-6)
-        ops.add_rms_norm(x, x, weight, 1e-6)
-        ops.silu_and_mul(*(empty(TOKENS, shape.intermediate_size) for _ in "gu"))
-        heads_width, kv_width = heads * shape.head_dim, kv_heads * shape.head_dim
-        inner, width, none = shape.intermediate_size, shape.hidden_size, [None] * 3
-        for rows in (1, 16):
-            x, attended, gated = empty(rows, width), empty(rows, heads_width), empty(rows, inner)
-            qkv = [empty(n, width) for n in (heads_width, kv_width, kv_width)]
-            ops.fused_linear(x, qkv, none, weight if rows == 1 else None, 1e-6, None, False)
-            ops.fused_linear(attended, [empty(width, heads_width)], none[:1], None, 0.0, x, False)
-            ops.fused_linear(x, [empty(inner, width)] * 2, none[:2], weight if rows == 1 else None, 1e-6, None, True)
-            ops.fused_linear(gated, [empty(width, inner)], none[:1], None, 0.0, x, False)
-        if shape != TEXT["4b"]:
-            return  # heads are the same in both: what follows does not depend on the width
-        ops.rms_norm(q, head_weight, 1e-6)
-        ops.qk_norm_rope(q, k, head_weight, head_weight, 1e-6, positions, inv_freq, 1.0)
-        slots = k_cache.flatten(0, 1), v_cache.flatten(0, 1), positions
-        for tokens in (TOKENS, 1):
-            some, (keys, values, rows) = [side[:, :tokens] for side in (q, k, v)], slots
-            shared = head_weight, head_weight, 1e-6, positions[:, :tokens], inv_freq, 1.0
-            ops.qk_norm_rope_into_cache(*some[:2], *shared, some[2], keys, values, rows[:, :tokens])
-        flash_attn(q[0], k[0], v[0], True)
-        new = (*(side[:, :1] for side in (q, k, v)), head_weight, head_weight, 1e-6, positions[:, :1], inv_freq, 1.0)
-        ops.decode_attention(*new, k_cache, v_cache, lengths, lengths, 0.088, 0)
-        for queries in (1, 32):  # a token, and what a draft proposes
-            ops.flash_decode(q[:, :queries], k_cache, v_cache, lengths, lengths, 0.088, True, 0)
-
-    yield "vision", vision
-    yield "4b text", lambda: text(TEXT["4b"])
-    yield "8b text", lambda: text(TEXT["8b"])
+def by_pointers(call: Callable[[], Any], q: torch.Tensor) -> None:
+    """As for misaligned tensors, everywhere."""
+    with flash_config(FlashConfig.choose(q.shape[-1], q.dtype, architecture(q.device), descriptors=False)):
+        call()
 
 
 def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any], dict[str, int]]:
@@ -345,12 +299,12 @@ def collect(archs: list[str]) -> list[Work]:
     """One entry per distinct compiled kernel, configuration, dtype and architecture."""
     work: list[Work] = []
     seen = set()
-    for arch in archs:
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            if dtype == torch.float32 and arch not in FLOAT32_ARCHITECTURES:
-                continue
-            for config, call in cases(dtype):
-                with as_if_on(arch), recorded_launches() as launches:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for config, call in calls(dtype):
+            for arch in archs:
+                if dtype == torch.float32 and arch not in FLOAT32_ARCHITECTURES:
+                    continue
+                with as_if_on(arch), recorded_launches() as launches, torch.no_grad():
                     call()
                 for launch in launches:
                     key = (arch, dtype, launch.kernel.__name__, repr(specialise(launch)))

@@ -19,6 +19,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llava15_kernels import (
+    decode_attention,
+    decode_attention_ref,
     flash_attn_varlen_func,
     flash_attn_varlen_ref,
     flash_attn_with_kvcache,
@@ -302,6 +304,32 @@ def qk_norm_rope_case(tokens: int, context: int, tiny_launches: bool = False) ->
         "qk_norm_rope", f"{tokens} tokens into the cache", f"q (1, {tokens}, {heads}, {head_dim}), k, v of {kv_heads} heads",
         make, ours, reference, {"eager": plain(eager)}, {"torch.compile": compiled(eager)},
         bytes=traffic, tiny_launches=tiny_launches,
+    )  # fmt: skip
+
+
+def decode_attention_case(batch: int, context: int, heads: int, kv_heads: int, head_dim: int) -> Case:
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+        packed = torch.randn(batch, 1, heads + 2 * kv_heads, head_dim, device=device).to(dtype)
+        caches = torch.randn(2, batch, context, kv_heads, head_dim, device=device).to(dtype)
+        weights, positions = (
+            torch.randn(2, head_dim, device=device).to(dtype),
+            torch.full((1, batch), context - 1, device=device),
+        )
+        frequencies = 1e6 ** -(torch.arange(0, head_dim, 2, device=device) / head_dim)
+        lengths = torch.full((batch,), context, dtype=torch.int32, device=device)
+        return *packed.split([heads, kv_heads, kv_heads], 2), *weights, positions, frequencies, *caches, lengths
+
+    def ours(*inputs: torch.Tensor) -> Outputs:
+        return decode_attention(*inputs[:5], 1e-6, *inputs[5:])
+
+    def reference(*inputs: torch.Tensor) -> Outputs:
+        *others, k_cache, v_cache, lengths = inputs
+        cache = k_cache.clone(), v_cache.clone(), lengths, torch.zeros_like(lengths), head_dim**-0.5
+        return decode_attention_ref(*others[:5], 1e-6, *others[5:], 1.0, *cache)
+
+    return Case(
+        "decode_attention", f"batch {batch}, {context}", f"q ({batch}, 1, {heads}, {head_dim}), {kv_heads} heads cached",
+        make, ours, reference, {"eager": plain(reference)}, tiny_launches=batch == 1,
     )  # fmt: skip
 
 
@@ -604,6 +632,10 @@ def _table(tiny: bool) -> list[Case]:
         patch_merge_case(n(6400, 16), n(1024, 40)),
         gelu_case(n(6401, 7), n(4096, 40), bias=False),
         gelu_case(n(6401, 7), n(4096, 40), bias=True),
+        *(
+            decode_attention_case(batch, n(context, 70), n(32, 4), n(8, 2), n(128, 32))
+            for batch, context in ((1, 1024), (1, 8192), (16, 1024))
+        ),
         *(case for config in TEXT for rows in (1, 16) for case in linear_cases(config, rows, n)),
         rms_norm_case(1, n(small.hidden_size, 40), residual=False, tiny_launches=True),
         rms_norm_case(1, n(large.hidden_size, 48), residual=False, tiny_launches=True),

@@ -15,17 +15,14 @@ A section is a function that yields `Item`s, registered with `@section`: nothing
 from __future__ import annotations
 
 import argparse
-import atexit
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -53,7 +50,7 @@ class OutOfTime(Exception):
 
 
 class DeviceLost(Exception):
-    """The device answers with errors only: the process has to be started anew."""
+    """The device answers with errors only: another process has to go on."""
 
 
 @dataclass(frozen=True)
@@ -550,7 +547,7 @@ def watchdog(run: Run, seconds: float) -> threading.Timer:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Status 0: all verified; 1: something is wrong or failed; 2: no GPU; 3: a kernel hung; 130: stopped by hand."""
+    """Status 0: all verified; 1: something is wrong or failed; 2: no GPU; 3: a kernel hung, or the device is lost; 130."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_check",
         description="Tests and times every kernel on the GPU at hand, within a time box. Each finished measurement is appended "
@@ -574,7 +571,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--wheels", type=Path, metavar="DIR",
-        help="A folder of wheels of competitors (liger-kernel, flash-attn) that are not installed; nothing is downloaded.",
+        help="A folder of wheels of competitors in pure Python (liger-kernel) that are not installed; nothing is downloaded.",
     )  # fmt: skip
     parser.add_argument(
         "--commit", metavar="HASH", help="The commit that the rows name; by default git's, or what the file COMMIT says."
@@ -591,12 +588,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if arguments.dry_run and not llava15_kernels.INTERPRETED:
         # It is decided when the kernels are imported; without it their torch counterparts would be tried in their place.
-        anew(sys.argv[1:] if argv is None else argv, TRITON_INTERPRET="1")
+        command = [sys.executable, "-m", "benchmarks.gpu_check", *(sys.argv[1:] if argv is None else argv)]
+        os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
     device = torch.device("cpu" if arguments.dry_run else "cuda")
     if not items_of(Run(None, device, 0), arguments.select):
         parser.error(f"--select {arguments.select!r}: no item has this in its name; --list prints them")
     if arguments.wheels:
-        sys.path.append(unpacked(arguments.wheels))  # last: what is installed goes before
+        sys.path += map(str, arguments.wheels.glob("*.whl"))  # last: what is installed goes before
     rows = Rows(arguments.out, "gpu_check", environment(arguments.commit), arguments.resume)
     run = Run(rows, device, arguments.seconds)
     rows.log(f"{rows.common}")
@@ -608,32 +606,13 @@ def main(argv: list[str] | None = None) -> int:
         rows.log(f"stopped by hand during {run.item}; {len(rows.rows)} rows are in {rows.file}")
         return 130
     except DeviceLost as error:
-        rows.log(f"the device was lost during {run.item} ({error}); going on in a new process")
-        start_anew(sys.argv[1:] if argv is None else argv, run.left())
+        rows.log(f"the device was lost during {run.item} ({error}); --resume goes on after it")
+        return 3
     finally:
         timer.cancel()
     failures = run.failures()
     rows.log(f"{len(rows.rows)} rows in {rows.file}; wrong or failed: {', '.join(failures) or 'nothing'}")
     return 1 if failures else 0
-
-
-def unpacked(folder: Path) -> str:
-    """A folder with what the wheels hold, until the process ends. No pip: a bare machine may have none."""
-    target = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, target, ignore_errors=True)
-    for wheel in sorted(folder.glob("*.whl")):
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(target)
-    return target
-
-
-def start_anew(argv: list[str], seconds: float) -> None:
-    """Replaces this process by one that goes on after the item that lost the device."""
-    anew([*argv, "--resume", "--seconds", f"{max(seconds, 1):.0f}"])
-
-
-def anew(argv: list[str], **environ: str) -> None:
-    os.execve(sys.executable, [sys.executable, "-m", "benchmarks.gpu_check", *argv], {**os.environ, **environ})
 
 
 if __name__ == "__main__":

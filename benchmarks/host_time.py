@@ -22,30 +22,21 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 import llava15_kernels
-from llava15_kernels import (
-    _dispatch,
-    flash_attn_varlen_func,
-    flash_attn_with_kvcache,
-    gelu,
-    layer_norm,
-    patch_merge,
-    qk_norm_rope,
-    rms_norm,
-    silu_and_mul,
-    vision_rope_2d,
-)
+from llava15_kernels import _dispatch
 
+from .cases import cases
 from .rows import environment, output_file, positive, write_document
 from .timing import Call, host_times
 
@@ -53,82 +44,32 @@ torch.library.define("llava15_benchmarks::allocate", "(Tensor x) -> Tensor")
 torch.library.impl("llava15_benchmarks::allocate", ("cpu", "cuda"), torch.empty_like)
 
 
-@dataclass(frozen=True)
-class Function:
-    """A public function, and the operator call that it comes down to."""
+class Recorded(TorchDispatchMode):
+    """The calls of our operators, with their arguments."""
 
-    name: str
-    public: Call
-    operator: Call
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.namespace == "llava15":
+            self.calls.append(partial(func, *args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
 
 
-def functions(device: torch.device, dtype: torch.dtype) -> list[Function]:
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=device).to(dtype)
-
-    def int32(*values: int) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=device)
-
-    ops: Any = torch.ops.llava15
-    x, weight = randn(4, 128), randn(128)
-    packed = randn(1, 1, 6, 64)
-    q, k, v = packed.split([4, 1, 1], dim=2)
-    caches, head_weight, lengths, pads = randn(2, 1, 16, 1, 64), randn(64), int32(3), int32(0)
-    positions, inv_freq = torch.zeros(1, 1, dtype=torch.long, device=device), torch.rand(32, device=device)
-    vision_q, vision_k, vision_v = randn(5, 3, 2, 64).unbind(1)
-    places, angles = torch.zeros(5, 2, dtype=torch.int32, device=device), randn(1, 32)
-    bounds, frequencies = int32(0, 5), torch.rand(16, device=device)
-    rows = {"k_cache": caches[0, 0], "v_cache": caches[1, 0]}
-    cached = {"v": v, **rows, "slot_mapping": positions}
-
-    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Call:
-        return lambda: function(*args, **kwargs)
-
-    return [
-        Function("rms_norm", call(rms_norm, x, weight, 1e-6), call(ops.rms_norm, x, weight, 1e-6)),
-        Function("rms_norm, residual", call(rms_norm, x, weight, 1e-6, x), call(ops.add_rms_norm, x, x, weight, 1e-6)),
-        Function("layer_norm", call(layer_norm, x, weight, weight, 1e-6), call(ops.layer_norm, x, weight, weight, 1e-6)),
-        Function(
-            "layer_norm, residual",
-            call(layer_norm, x, weight, weight, 1e-6, x),
-            call(ops.add_layer_norm, x, x, weight, weight, 1e-6),
-        ),
-        Function("silu_and_mul", call(silu_and_mul, x), call(ops.silu_and_mul, *x.chunk(2, -1))),
-        Function("gelu", call(gelu, x), call(ops.gelu, x, None)),
-        Function(
-            "patch_merge",
-            call(patch_merge, randn(5, 128), weight, weight, 1e-6, bounds),
-            call(ops.patch_merge, randn(5, 128), weight, weight, 1e-6, bounds, 2),
-        ),
-        Function(
-            "vision_rope_2d",
-            call(vision_rope_2d, vision_q, vision_k, places, frequencies, angles),
-            call(ops.vision_rope_2d, vision_q, vision_k, places, frequencies, angles),
-        ),
-        Function(
-            "qk_norm_rope",
-            call(qk_norm_rope, q, k, head_weight, head_weight, 1e-6, positions, inv_freq),
-            call(ops.qk_norm_rope, q, k, head_weight, head_weight, 1e-6, positions, inv_freq, 1.0),
-        ),
-        Function(
-            "qk_norm_rope, into the cache",
-            call(qk_norm_rope, q, k, head_weight, head_weight, 1e-6, positions, inv_freq, **cached),
-            call(
-                ops.qk_norm_rope_into_cache,
-                q, k, head_weight, head_weight, 1e-6, positions, inv_freq, 1.0, *cached.values(),
-            ),
-        ),
-        Function(
-            "flash_attn_varlen_func",
-            call(flash_attn_varlen_func, vision_q, vision_k, vision_v, bounds, bounds, 5, 5),
-            call(ops.flash_attn_varlen, vision_q, vision_k, vision_v, bounds, bounds, 5, 0.125, False),
-        ),
-        Function(
-            "flash_attn_with_kvcache",
-            call(flash_attn_with_kvcache, q, *caches, cache_seqlens=lengths, cache_leftpad=pads, causal=True),
-            call(ops.flash_decode, q, *caches, lengths, pads, 0.125, True, 0),
-        ),
-    ]  # fmt: skip
+def functions(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Call, Call]]:
+    """name -> call of a public function, and of the operator that it comes down to; of each function one case, and those of
+    a norm with a residual."""
+    found: dict[str, tuple[Call, Call]] = {}
+    for case in cases(tiny=True):
+        name = f"{case.kernel}, residual" if case.name.endswith("residual") and "norm" in case.kernel else case.kernel
+        if name not in found:
+            public = partial(case.ours, *case.make(device, dtype))
+            with Recorded() as recorded:
+                public()
+            (operator,) = recorded.calls
+            found[name] = public, operator
+    return found
 
 
 @contextlib.contextmanager
@@ -155,11 +96,11 @@ def host_rows(device: torch.device, dtype: torch.dtype, rounds: int = 30, batch:
         "empty": lambda: torch.empty_like(x),
     }
     with torch.no_grad(), as_if_on_a_gpu(device):
-        for function in functions(device, dtype):
-            timings = host_times({"public": function.public, "operator": function.operator, **common}, device, rounds, batch)
+        for name, (call, inner) in functions(device, dtype).items():
+            timings = host_times({"public": call, "operator": inner, **common}, device, rounds, batch)
             public, operator, add, allocate, empty = (timing.p10 for timing in timings.values())
             yield {
-                "kernel": function.name,
+                "kernel": name,
                 "public_us": round(public, 3),
                 "operator_us": round(operator, 3),
                 "validation_share": round(1 - operator / public, 3),
@@ -242,11 +183,10 @@ def main(argv: list[str] | None = None) -> int:
         print("TRITON_INTERPRET is set: the interpreter's cost would be measured.", file=sys.stderr)
         return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows, names, token = [], functions(device, torch.bfloat16), None
+    rows, token = [], None
     with contextlib.suppress(KeyboardInterrupt):  # what is finished is shown
-        work = host_rows(device, torch.bfloat16, arguments.rounds)
-        for row in track(work, "timing", total=len(names), console=Console(stderr=True), transient=True):
-            rows.append(row)
+        work, console = host_rows(device, torch.bfloat16, arguments.rounds), Console(stderr=True)
+        rows.extend(track(work, "timing", total=14, console=console, transient=True))
         token = token_row(device, arguments.rounds)
     print(f"{'':30} {'in torch.add':>12} {'operator':>9} {'validation':>10} {'of the call':>11} {'boundary':>9}")
     for row in rows:

@@ -11,7 +11,7 @@
 | published | `published.json`: others' own words                                             |
 
 Only rows that were verified count, and of each case those of the run that timed ours last, so that what is compared comes from
-one run; rows of two devices are never compared. Where a number was not measured, "not measured yet" stands.
+one run; rows of two devices are never compared. A dash stands where nothing was measured.
 """
 
 from __future__ import annotations
@@ -25,9 +25,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import track
-
 from .rows import ROOT, results
 
 if TYPE_CHECKING:
@@ -37,8 +34,7 @@ if TYPE_CHECKING:
 BENCHMARKS = Path("benchmarks")
 PLOTS = BENCHMARKS / "results/plots"
 DOCUMENT = Path("docs/benchmarks.md")
-BEGIN, END = "<!-- speed: written by python -m benchmarks.report -->", "<!-- end of speed -->"
-NOT_YET = "not measured yet"
+NONE = "-"
 
 Row = dict[str, Any]
 SHAPE = ("config", "images", "image_size", "batch", "context", "new_tokens")
@@ -130,14 +126,14 @@ def table(*rows: tuple[str, ...]) -> str:
 def median(row: Row | None, figure: str, unit: str) -> str:
     """A measured quantile with its device, or that there is none."""
     if row is None or not row.get(figure):
-        return NOT_YET
+        return NONE
     return f"{row[figure]['p50']:.2f} {unit} ({short_device(row['device'])})"
 
 
 def everywhere(evidence: Evidence, cell: Callable[[Evidence], str]) -> str:
     """A cell with what each device has to say."""
-    said = [text for text in map(cell, evidence.by_device()) if text != NOT_YET]
-    return ", ".join(said) or NOT_YET
+    said = [text for text in map(cell, evidence.by_device()) if text != NONE]
+    return ", ".join(said) or NONE
 
 
 def short_device(name: str) -> str:
@@ -198,20 +194,6 @@ def counts_table(evidence: Evidence) -> str:
     return table(*rows)
 
 
-def answers_table(evidence: Evidence) -> str:
-    """One 1120 x 1120 image, 64 tokens of text, 256 new ones."""
-    figures = ("preprocessing_ms", "time_to_first_token_ms", "ms_per_token", "generate_ms")
-    rows = [("measured", "preprocessing", "TTFT", "TPOT", "end-to-end latency", "memory", "first call")]
-    for one in evidence.by_device():
-        for config in ("4b", "8b"):
-            found = one.answers(config=config, images=1, image_size=1120, context=64, new_tokens=256)
-            for provider, row in found.items():
-                times = (median(row, figure, "ms") for figure in figures)
-                rows.append((f"{config.upper()}, {provider}", *times, f"{row['peak_gb']} GB", first_call(row)))
-    title = "## End-to-end latency, one 1120 x 1120 image, 64 text tokens, 256 new tokens, batch 1"
-    return f"{title}\n\n{table(*rows)}" if len(rows) > 1 else ""
-
-
 def first_call(row: Row) -> str:
     """In a process that has to compile, and in one that finds compiled kernels."""
     if "first_call_s" not in row:
@@ -220,43 +202,19 @@ def first_call(row: Row) -> str:
     return f"{row['first_call_s']:.1f} s{warm}"
 
 
-def ways_table(evidence: Evidence) -> str:
-    """All decoding back ends at context length 1024."""
-    title = "## Decoding back ends, batch 1, context length 1024, measured"
-    rows = [("", "TTFT", "TPOT", "memory", "first call")]
+def latency_table(evidence: Evidence) -> str:
+    """Every shape and decoding back end that was measured."""
+    title = "## Latency by context, batch, image size and decoding back end, measured"
+    rows = [("", "", "preprocessing", "TTFT", "TPOT", "end-to-end latency", "tokens/s", "memory", "first call")]
+    figures = ("preprocessing_ms", "time_to_first_token_ms", "ms_per_token", "generate_ms")
     for one in evidence.by_device():
-        for config in ("4b", "8b"):
-            for provider, row in one.answers(config=config, context=1024).items():
-                times = (median(row, figure, "ms") for figure in ("time_to_first_token_ms", "ms_per_token"))
-                rows.append((f"{config.upper()}: {provider}", *times, f"{row['peak_gb']} GB", first_call(row)))
-    return f"{title}\n\n{table(*rows)}" if len(rows) > 1 else ""
-
-
-def shapes_table(evidence: Evidence) -> str:
-    """All measured shapes, patched and sdpa."""
-    title = "## Latency by batch, context and image size, patched / sdpa, measured"
-    rows = [("", "TTFT, ms", "TPOT, ms", "tokens/s", "memory, GB")]
-    for one in evidence.by_device():
-        found: dict[tuple[Any, ...], dict[str, Row]] = {}
-        for row in one.rows:
-            if row["kind"] == "generate":
-                found.setdefault(tuple(row[name] for name in SHAPE), {})[row["provider"]] = row
-        for (config, images, size, batch, context, new_tokens), by in sorted(found.items()):
-
-            def both(value: Callable[[Row], str], by: dict[str, Row] = by) -> str:
-                return " / ".join(value(by[name]) if name in by else "-" for name in ("patched", "sdpa"))
-
+        found = {(*(row[name] for name in SHAPE), row["provider"]): row for row in one.rows if row["kind"] == "generate"}
+        for (config, images, size, batch, context, new_tokens, provider), row in sorted(found.items()):
             pictures = f"{images} x {size} x {size} + " if images else ""
-            device = short_device(next(iter(by.values()))["device"])
-            rows.append(
-                (
-                    f"{config.upper()}, batch {batch}, {pictures}{context} + {new_tokens} tokens ({device})",
-                    both(lambda row: f"{row['time_to_first_token_ms']['p50']:.1f}"),
-                    both(lambda row: f"{row['ms_per_token']['p50']:.2f}"),
-                    both(lambda row: f"{1e3 * row['batch'] / row['ms_per_token']['p50']:.0f}"),
-                    both(lambda row: f"{row['peak_gb']}"),
-                )
-            )
+            what = f"{config.upper()}, batch {batch}, {pictures}{context} + {new_tokens} tokens ({short_device(row['device'])})"
+            times = (f"{row[figure]['p50']:.2f} ms" if figure in row else NONE for figure in figures)
+            rate = f"{1e3 * batch / row['ms_per_token']['p50']:.0f}"
+            rows.append((what, provider, *times, rate, f"{row['peak_gb']} GB", first_call(row)))
     return f"{title}\n\n{table(*rows)}" if len(rows) > 1 else ""
 
 
@@ -289,7 +247,7 @@ def published_table(evidence: Evidence) -> str:
 def ours_beside(evidence: Evidence, wanted: Row) -> str:
     if "kernel" in wanted:
         row = evidence.times(**wanted).get((wanted["case"], "ours"))
-        return NOT_YET if row is None else f"{row['rate']:.0f} {row['unit']} ({short_device(row['device'])})"
+        return NONE if row is None else f"{row['rate']:.0f} {row['unit']} ({short_device(row['device'])})"
     figure = wanted["figure"]
     return median(evidence.answers(config=wanted["config"], context=wanted["context"]).get("patched"), figure, "ms")
 
@@ -312,7 +270,7 @@ def memory_bound(evidence: Evidence) -> dict[str, dict[str, float]]:
 def memory_table(evidence: Evidence) -> str:
     found = memory_bound(evidence)
     if not found:
-        return f"Kernels that are bound by memory, as a share of a copy of as many bytes in the same run: {NOT_YET}."
+        return ""
     rows = [("percent of a copy of as many bytes, measured", "ours", "best of the others")]
     for title, by in found.items():
         others = {provider: percent for provider, percent in by.items() if provider != "ours"}
@@ -323,7 +281,7 @@ def memory_table(evidence: Evidence) -> str:
 
 def cpu_table(evidence: Evidence) -> str:
     if evidence.cpu is None:
-        return f"On a CPU: {NOT_YET}."
+        return ""
     cases: dict[str, dict[tuple[str, str], Row]] = {}
     for row in evidence.cpu["rows"]:
         cases.setdefault(row["case"], {})[row["size"], row["unpatched"]] = row
@@ -336,8 +294,8 @@ def cpu_table(evidence: Evidence) -> str:
     return table(*rows)
 
 
-def section(evidence: Evidence) -> str:
-    """The text between the markers."""
+def page(evidence: Evidence) -> str:
+    """The document."""
     device = next(iter(evidence.roofline.values()))["device"]
     assumed = next(iter(evidence.roofline.values()))["assumptions"]
 
@@ -348,11 +306,11 @@ def section(evidence: Evidence) -> str:
         return f"{assumed[name]['best']:g} to {assumed[name]['worst']:g}"
 
     def picture(name: str, words: str) -> list[str]:
-        return [f"![{words}](../{(PLOTS / name).as_posix()}.png)"] if PICTURES[name].has_data(evidence) else []
+        return [f"![{words}](../{(PLOTS / name).as_posix()}.png)"] if PICTURES[name][1](evidence) else []
 
     threads = f", float32, threads: {evidence.cpu['threads']}" if evidence.cpu else ""
     blocks = [
-        BEGIN,
+        "# Benchmarks",
         "Each number is *measured* (a committed, verified run on the device that is named), *counted* (operators of a forward "
         "of the real model on fake tensors), *modelled* (counts at the rates of a data sheet) or *published* (by others). This "
         "page is written by `python -m benchmarks.report`, and a test compares it with the committed rows.",
@@ -364,9 +322,7 @@ def section(evidence: Evidence) -> str:
         f"Modelled: {share('bandwidth')} of that, {reach('gap_us')} us of device time per launch, {reach('operator_us')} us of "
         "host time per operator without a CUDA graph; `python -m benchmarks.roofline` prints every phase, for five "
         "devices.",
-        answers_table(evidence),
-        ways_table(evidence),
-        shapes_table(evidence),
+        latency_table(evidence),
         "## Kernel launches and memory traffic, counted",
         counts_table(evidence),
         *picture("launches", "Counted kernel launches per forward: eager, sdpa, patched"),
@@ -374,36 +330,21 @@ def section(evidence: Evidence) -> str:
         published_table(evidence),
         *picture("attention", "Attention in TFLOP/s by length, measured and published"),
         memory_table(evidence),
-        *picture("memory", "Bandwidth-bound kernels relative to a copy, measured"),
         "## Without a GPU: torch backend relative to the unpatched model, random weights" + threads,
         cpu_table(evidence),
         "Dense masks: sdpa, and in the vision tower one call over all images behind a mask, as in the published code; our "
         "unpatched model has none.",
-        *picture("cpu", "Patched over unpatched time on a CPU, measured"),
         "To repeat: `PYTHONPATH=kernels python -m benchmarks.gpu_check --out DIR` (under 9 minutes, one GPU), `python -m "
         "benchmarks.generate --config 8b`, `python -m benchmarks.roofline --config 8b`, `python -m benchmarks.cpu_ratio`, and "
-        "`python -m pytest benchmarks` for the kernels one by one.",
-        END,
+        "`python -m pytest benchmarks` for the kernels one by one. Predictions and what came of them: "
+        "[benchmarks/NOTES.md](../benchmarks/NOTES.md).",
     ]  # fmt: skip
-    return "\n\n".join(filter(None, blocks))
-
-
-def with_section(document: str, text: str) -> str:
-    """The document with its section replaced.
-
-    Raises:
-        ValueError: the markers are not there, once each and in order.
-    """
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in after:
-        raise ValueError(f"{DOCUMENT} needs {BEGIN} and {END} once each, in this order")
-    return before + text + after
+    return "\n\n".join(filter(None, blocks)) + "\n"
 
 
 # --- pictures
 
-OURS, FLOOR, PUBLISHED, MISSING = "#c2410c", "#111827", "#cbd5e1", "#475569"
+OURS, FLOOR, PUBLISHED = "#c2410c", "#111827", "#cbd5e1"
 OTHERS = ("#64748b", "#94a3b8", "#0f766e", "#7c3aed", "#0369a1", "#a16207")
 CHARTED = {"FlashAttention-2": "#64748b", "Triton": "#b45309", "cuDNN": "#0f766e", "FlashAttention-3": "#7c3aed"}
 BESIDE = {
@@ -465,8 +406,7 @@ def _decode_bars(axes: Axes, evidence: Evidence, config: str) -> None:
         y = len(labels)
         labels.append(label)
         axes.barh(y, high - low, 0.7, left=low, zorder=2, **style)
-        missing = {"color": MISSING, "style": "italic"} if text == NOT_YET else {}
-        axes.text(max(high, floor) + 0.4, y, text, va="center", fontsize=9, **missing)
+        axes.text(max(high, floor) + 0.4, y, text, va="center", fontsize=9)
 
     floor = counted["patched"]["floor"]["ms"]
     bar(f"lower bound, {device}", 0, floor, f"{floor:.2f}", color=FLOOR)
@@ -480,8 +420,6 @@ def _decode_bars(axes: Axes, evidence: Evidence, config: str) -> None:
         for row in filter(None, measured):
             value = row["ms_per_token"]["p50"]
             bar(f"{provider},\nmeasured, {short_device(row['device'])}", 0, value, f"{value:.2f}", color=color)
-        if not any(measured):
-            bar(f"{provider},\nmeasured", 0, 0, NOT_YET, color=color)
     for entry in evidence.published["figures"]:
         if entry["ours"].get("config") == config and entry["ours"]["context"] == 1024:
             on = entry["on"].split(",")[0]
@@ -534,88 +472,24 @@ def attention_picture(evidence: Evidence) -> Figure:
     return figure
 
 
-def memory_picture(evidence: Evidence) -> Figure:
-    found = memory_bound(evidence)
-    figure, axes = new_figure(0.9 + 0.32 * len(found))
-    found = {title: {name.removesuffix(", one image"): value for name, value in by.items()} for title, by in found.items()}
-    names = list(dict.fromkeys(provider for by in found.values() for provider in by if provider != "ours"))
-    for y, by in enumerate(found.values()):
-        axes.barh(y, by["ours"], 0.6, color=OURS, label="ours" if y == 0 else None, alpha=0.9)
-        axes.text(1, y, f"{by['ours']:.0f}%", va="center", color="white", fontsize=8.5, fontweight="bold")
-    # Nobody may be missing for want of a style: strict, and the test draws every provider of the table.
-    styles = [(marker, color) for marker in "Do^" for color in OTHERS][: len(names)]
-    for name, (marker, color) in zip(names, styles, strict=True):
-        points = [(by[name], y) for y, by in enumerate(found.values()) if name in by]
-        axes.scatter(
-            *zip(*points, strict=True), marker=marker, s=26, color=color, edgecolor="white", linewidth=0.5, label=name, zorder=4
-        )
-    axes.axvline(100, color=FLOOR, linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(found)), list(found), fontsize=8.5)
-    axes.tick_params(axis="y", length=0)
-    axes.invert_yaxis()
-    axes.set_xlabel("percent of a copy of as many bytes in the same run, measured")
-    figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize=8.5)
-    return figure
-
-
-def cpu_picture(evidence: Evidence) -> Figure:
-    rows = [row for row in evidence.cpu["rows"] if row["unpatched"] == "sdpa"]
-    cases = list(dict.fromkeys(row["case"] for row in rows))
-    sizes = list(dict.fromkeys(row["size"] for row in rows))
-    figure, axes = new_figure(0.8 + 0.48 * len(cases))
-    for offset, (size, color) in enumerate(zip(sizes, (OURS, OTHERS[0]), strict=False)):
-        found = {row["case"]: row for row in rows if row["size"] == size}
-        y = [index + 0.3 * offset - 0.15 for index in range(len(cases))]
-        middle = [found[case]["median"] for case in cases]
-        spread = [[found[case]["median"] - found[case]["quartiles"][0] for case in cases]]
-        spread += [[found[case]["quartiles"][1] - found[case]["median"] for case in cases]]
-        axes.errorbar(middle, y, xerr=spread, fmt="o", color=color, markersize=5, capsize=2.5, label=f"{size} model")
-        for case, place in zip(cases, y, strict=True):
-            end, text = (found[case]["quartiles"][1], place), f"{found[case]['median']:.2f}"
-            axes.annotate(text, end, (5, 0), textcoords="offset points", va="center", fontsize=8, color=color)
-    axes.axvline(1, color=FLOOR, linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(cases)), cases)
-    axes.tick_params(axis="y", length=0)
-    axes.set_ylim(len(cases) - 0.4, -0.6)
-    axes.set_xlabel("patched / unpatched (sdpa) time on a CPU, measured: medians and quartiles")
-    axes.legend(frameon=False, fontsize=9)
-    return figure
-
-
-@dataclass(frozen=True)
-class Picture:
-    """What to draw, and whether there is anything to see in it yet."""
-
-    draw: Callable[[Evidence], Any]
-    has_data: Callable[[Evidence], bool]
-
-
 PICTURES = {
-    "decode": Picture(decode_picture, lambda evidence: {"4b", "8b"} <= evidence.roofline.keys()),
-    "launches": Picture(launches_picture, lambda evidence: "4b" in evidence.roofline),
-    "attention": Picture(
-        attention_picture, lambda evidence: any("rate" in row for row in evidence.times("flash_attn_varlen_func").values())
+    "decode": (decode_picture, lambda evidence: {"4b", "8b"} <= evidence.roofline.keys()),
+    "launches": (launches_picture, lambda evidence: "4b" in evidence.roofline),
+    "attention": (
+        attention_picture,
+        lambda evidence: any("rate" in row for row in evidence.times("flash_attn_varlen_func").values()),
     ),
-    "memory": Picture(memory_picture, lambda evidence: bool(memory_bound(evidence))),
-    "cpu": Picture(cpu_picture, lambda evidence: evidence.cpu is not None),
 }
+"""name -> what draws it, and whether there is anything to draw."""
 
 
 def draw_all(evidence: Evidence, folder: Path) -> list[Path]:
-    """The pictures that have data. Those of earlier evidence that have none any more are removed."""
-    from matplotlib import pyplot
-
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for name, picture in track(PICTURES.items(), "drawing", console=Console(stderr=True), transient=True):
-        file = folder / f"{name}.png"
-        if not picture.has_data(evidence):
-            file.unlink(missing_ok=True)
-            continue
-        figure = picture.draw(evidence)
-        figure.savefig(file, facecolor="white")
-        pyplot.close(figure)
-        files.append(file)
+    for name, (draw, has_data) in PICTURES.items():
+        if has_data(evidence):
+            files.append(folder / f"{name}.png")
+            draw(evidence).savefig(files[-1], facecolor="white")
     return files
 
 
@@ -634,8 +508,7 @@ def main(argv: list[str] | None = None) -> int:
     if not (document.is_file() and (arguments.root / BENCHMARKS / "published.json").is_file()):
         parser.error(f"--root {arguments.root}: not a checkout of this project")
     evidence = Evidence.load(arguments.root)
-    before = document.read_text()
-    after = with_section(before, section(evidence))
+    before, after = document.read_text(), page(evidence)
     if arguments.check:
         print(f"{DOCUMENT} is up to date" if before == after else f"{DOCUMENT} differs: run python -m benchmarks.report")
         return int(before != after)

@@ -69,7 +69,7 @@ def test_ceilings_host_and_graphs(tmp_path):
     found = [row for select in ("ceilings: ", "host: ", "graphs: ") for row in check(tmp_path, "--select", select)[1]]
     assert {row["unit"] for row in found if row["kind"] == "ceiling"} == {"GB/s", "TFLOP/s"}
     host = [row["kernel"] for row in found if row["kind"] == "host"]
-    assert len(host) == 12 and "flash_attn_with_kvcache" in host
+    assert len(host) == 13 and "flash_attn_with_kvcache" in host
     graphs = [row for row in found if row["kind"] == "graph"]
     assert {row["provider"] for row in graphs} == {"ours", "eager"}
     assert {row["kernel"] for row in graphs} == {"rms_norm", "qk_norm_rope", "silu_and_mul", "flash_attn_with_kvcache"}
@@ -182,17 +182,12 @@ def test_a_dry_run_tries_the_kernels(tmp_path):
     assert ours["backend"] == "triton, interpreted" and ours["verified"]
 
 
-def test_a_lost_device_is_met_by_a_new_process_after_the_item(tmp_path, monkeypatch):
+def test_after_a_lost_device_another_process_goes_on_behind_the_item(tmp_path, monkeypatch):
     def lost(run):
         raise DeviceLost("illegal memory access")
 
-    started = []
-    monkeypatch.setattr(os, "execve", lambda program, command, environ: started.append(command))
     items(monkeypatch, a=noted, b=lost, c=noted)
-    check(tmp_path, "--seconds", "100")
-    command = started[0]
-    assert command[1:3] == ["-m", "benchmarks.gpu_check"] and "--resume" in command
-    assert 90 < float(command[-1]) <= 100, "the time that is left, after the options as given"
+    assert check(tmp_path)[0] == 3
     status, found = check(tmp_path, "--resume")
     assert status == 1, "what the first process found is not forgotten"
     assert [row["item"] for row in found if row["kind"] == "item"] == ["s: a", "s: b", "s: c"]
@@ -339,7 +334,7 @@ def test_outcomes_of_tests_are_read_from_what_pytest_prints(tmp_path, monkeypatc
         "def test_d(): time.sleep(60)\n"
     )
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu_check, "LEAST", 8.0)
+    monkeypatch.setattr(gpu_check, "LEAST", 5.0)
     monkeypatch.setattr(gpu_check, "parallel", lambda: processes)
     run = Run(Rows(tmp_path, "x", {}), torch.device("cpu"), 100)
     run.dry = False
