@@ -1,5 +1,5 @@
 # make demo    the main job on the small checkpoint that ships with the project
-# make test    the tests
+# make test    the tests, in at most 8 minutes on 2 cores; make test-slow  the long ones
 # make test-oldest, make test-newest
 #              the same on the oldest and the newest triton and transformers that are declared, each in an environment of its own
 # make test-oldest TESTS="tests/test_drift.py"
@@ -46,13 +46,16 @@ INSTALL_TORCH = $(BIN)/pip install --quiet torch==$(TORCH_VERSION)+cpu || \
 	$(BIN)/pip install --quiet torch==$(TORCH_VERSION)+cpu --index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: demo test test-oldest test-newest test-next test-others test-mixins lint clean
+.PHONY: demo test test-slow test-oldest test-newest test-next test-others test-mixins lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/llava15-fast demo
 
 test: $(VENV)/ready lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(if $(TESTS),,-m "not slow") $(TESTS)
+
+test-slow: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder -m slow
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest PINS='$(OLDEST)'

@@ -96,7 +96,7 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
 def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name, call) of every case of the catalogue, and of what it does not time."""
-    with mock.patch.object(torch, "randn", torch.empty):  # nothing is computed
+    with mock.patch.object(torch, "randn", partial(torch.empty, dtype=dtype)):  # nothing is computed or converted
         for case in cases():
             if "batch 16" not in case.name:  # the same kernels on gigabytes
                 yield case.id, partial(case.ours, *case.make(torch.device("cpu"), dtype))

@@ -29,7 +29,7 @@ def test_the_workflow_only_calls_make_targets():
         for command in [step["run"] for step in job["steps"] if "run" in step]:
             values = job.get("strategy", {}).get("matrix", {}).get("target", [])
             called |= {command.replace("${{ matrix.target }}", value) for value in values or [""]}
-    assert called == {"make lint", "make demo", "make test-oldest", "make test-newest"}
+    assert called == {"make lint", "make demo", "make test-oldest", "make test-newest", "make test-slow"}
     assert all(command.removeprefix("make ") in targets for command in called)
 
 
@@ -81,6 +81,7 @@ def test_wheel_and_sdist_hold_the_same_packages(built):
         assert ".dist-info/" in name or path in packed, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
 def test_installed_in_an_empty_environment(built, kind, tmp_path):
     """Without what it depends on, which comes from this environment: the demo answers, from a folder that knows no source."""

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import triton
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "benchmarks/results/aot.json"
 

@@ -19,7 +19,7 @@ from llava15_kernels.unchecked import unchecked
 
 CPU = torch.device("cpu")
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's run")
-pytestmark = needs_no_gpu
+pytestmark = [needs_no_gpu, pytest.mark.slow]
 
 
 @pytest.fixture

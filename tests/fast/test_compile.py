@@ -24,6 +24,7 @@ def kernels_in(counter):
     return any("llava15" in str(node.target) for graph in counter.graphs for node in graph.graph.nodes)
 
 
+@pytest.mark.slow
 def test_text_model_compiles_to_one_graph(patched, device):
     text = patched.model.language_model
 
@@ -39,6 +40,7 @@ def test_text_model_compiles_to_one_graph(patched, device):
     assert kernels_in(counter), "not the original"
 
 
+@pytest.mark.slow
 def test_vision_tower_compiles_to_one_graph(patched, device):
     visual = patched.model.visual
 
@@ -57,6 +59,7 @@ def test_vision_tower_compiles_to_one_graph(patched, device):
     assert kernels_in(counter), "not the original"
 
 
+@pytest.mark.slow
 def test_user_compiles_the_whole_model(patched, prompts):
     """With a cache and with `generate`: graphs may break, answers may not."""
     inputs = prompts["one_image"]

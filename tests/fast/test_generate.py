@@ -525,6 +525,7 @@ def test_hook_that_changes_the_output(tiny, way):
         hook.remove()
 
 
+@pytest.mark.slow
 def test_two_patched_models_side_by_side(tiny, way):
     """Each has its own weights, caches and callbacks, also when one generates in the middle of the other."""
     other = copy.deepcopy(tiny)

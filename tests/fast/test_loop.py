@@ -129,6 +129,7 @@ def test_invalid_probabilities_raise(broken):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["one_image", "batch_left_pad", "two_images"])
 def test_no_device_read_after_the_vision_tower(tiny, prompts, monkeypatch, case):
     """A value read from the device behind the tower makes the host wait for all of it, before the first layer is launched."""

@@ -40,6 +40,7 @@ def with_mask(inputs):
     return {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "backend", "dtype"), WAYS, ids=str)
 def test_tokens_differ_only_at_near_ties(tiny, prompts, case, backend, dtype):
     inputs = with_mask(prompts[case])

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 PROGRAM = "tests/fast/compiled_variants.py"
 
@@ -16,12 +18,14 @@ def python(*arguments):
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environ, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_warm_up_compiles_all():
     result = python(PROGRAM)
     assert result.returncode == 0 and "missing" not in result.stdout, result.stdout + result.stderr[-2000:]
     assert 10 <= int(result.stdout.split()[3]) <= 40
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_named():
     code = f"""
 import runpy

@@ -554,6 +554,7 @@ def test_placeholders_and_features_must_match(tiny, golden):
         tiny(attention_mask=inputs["attention_mask"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_inputs_embeds_with_pixels_see_the_image(tiny, golden, mode):
     inputs, expected, _ = golden["one_image"]

@@ -23,6 +23,7 @@ def test_names_can_be_imported_from_transformers():
     assert LlavaOnevision1_5Model is llava15_fast.LlavaOnevision1_5Model
 
 
+@pytest.mark.slow
 def test_names_are_there_whichever_is_imported_first():
     """Parts of transformers replace the module in `sys.modules` when they are imported."""
     for first in ("import transformers", "import transformers.processing_utils", "from transformers import AutoProcessor", ""):

@@ -44,6 +44,7 @@ def test_held_out_scenes_are_described_exactly(model, processor, backend):
     assert held_out_accuracy(model, processor, range(1000, 1200)) >= 0.95
 
 
+@pytest.mark.slow
 def test_two_scenes_through_the_kernels(model, processor, launches):
     images, sentences = zip(*map(held_out_scene, range(400, 402)), strict=True)
     expected = describe(model, processor, list(images))

@@ -274,6 +274,7 @@ def projections(model):
         yield [layer.mlp.gate_proj, layer.mlp.up_proj]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_weight_ever_moves(tiny, inputs, prompt, backend):
     before = places(tiny)

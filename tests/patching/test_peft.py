@@ -56,6 +56,7 @@ STEPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "patch_first"), [("torch", False), ("torch", True), ("triton", False)])
 def test_adapters_switched_between_generates(tiny, prompt, patch_first, backend):
     plain = with_lora(copy.deepcopy(tiny))

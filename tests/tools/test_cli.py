@@ -49,6 +49,7 @@ def fails(result, match):
     assert match in result.stderr
 
 
+@pytest.mark.slow
 def test_demo_compares_and_interprets(tmp_path):
     result = run("demo", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -85,6 +86,7 @@ def test_generate_takes_any_image_pillow_opens(here, mode):
     assert result.returncode == 0 and result.stdout.strip(), result.stderr
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line(tmp_path):
     fails(run(*ASK, "--image", "nowhere.png", cwd=tmp_path), "no image file 'nowhere.png'")
     fails(run(*ASK, "--backend", "triton", cwd=tmp_path), "TRITON_INTERPRET=1")

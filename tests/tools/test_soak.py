@@ -65,6 +65,7 @@ def resident_bytes():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 def test_mixed_requests():
     patched, processor = load(assets_folder() / "scenes_checkpoint")
     eager = copy.deepcopy(patched)
