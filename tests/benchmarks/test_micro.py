@@ -17,8 +17,6 @@ ROOT = Path(__file__).parents[2]
 BROKEN = """
 import llava15_kernels.norms as norms
 
-pytestmark = pytest.mark.slow
-
 right = norms._launch
 
 def wrong(*args):
